@@ -1,0 +1,544 @@
+"""The config tree: one frozen dataclass a section; the docstring under a field is its help.
+
+Sections and keys keep the names that users of torchtitan 0.2 know, so that their TOML files run unchanged; keys that
+titan adds stand last in a section or in sections of their own (`data`, `guard`). Ranges and choices stand in the types
+and are checked before anything is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Beta = Annotated[float, Meta(ge=0, lt=1)]
+AutoDegree = Annotated[int, Meta(ge=-1)]
+Policy = Literal["ignore", "stop", "skip", "rollback"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a run lives and what it is called."""
+
+    dump_folder: str = "./outputs"
+    """Folder of the run: checkpoints, metrics.jsonl, traces. Short form on the command line: `--run DIR`."""
+    description: str = "default job"
+    """One line about the run, stored with it."""
+    print_config: bool = False
+    """Print the resolved config before training."""
+    config_file: str | None = None
+    """The TOML file that this config was read from (set by the loader)."""
+    custom_config_module: str = ""
+    """Python module with a `JobConfig` dataclass to merge into the schema."""
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """Profiler traces and memory snapshots."""
+
+    enable_profiling: bool = False
+    """Write profiler traces (CPU and, where there is one, the accelerator)."""
+    save_traces_folder: str = "profile_traces"
+    """Folder of the traces, inside the dump folder."""
+    profile_freq: Positive = 10
+    """Steps from one trace to the next."""
+    profiler_active: Positive = 1
+    """Steps that one trace records."""
+    profiler_warmup: NonNegative = 3
+    """Steps that the profiler warms up before it records."""
+    enable_memory_snapshot: bool = False
+    """Write memory snapshots: the allocator's history on a GPU, tensors by size on a CPU."""
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of the memory snapshots, inside the dump folder."""
+    memory_snapshot_freq: NonNegative = 0
+    """Steps from one memory snapshot to the next; 0: as `profile_freq`."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is logged, and where."""
+
+    log_freq: Positive = 10
+    """Steps from one log line to the next."""
+    enable_tensorboard: bool = False
+    """Write TensorBoard event files (extra `logging`)."""
+    disable_color_printing: bool = False
+    """Print without colour."""
+    save_tb_folder: str = "tb"
+    """Folder of the TensorBoard files, inside the dump folder."""
+    save_for_all_ranks: bool = False
+    """Write metric files on every rank instead of one."""
+    enable_wandb: bool = False
+    """Log to Weights & Biases (extra `logging`)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model is trained."""
+
+    name: str = "llama3"
+    """Model family: a folder in titan_core/models."""
+    flavor: str = "debugmodel"
+    """Named size of the family."""
+    hf_assets_path: str = ""
+    """Folder with tokenizer files (and weights to start from); empty: the built-in tokenizer."""
+    tokenizer_path: str | None = None
+    """Deprecated: use `hf_assets_path`."""
+    converters: list[str] = field(default_factory=list)
+    """Model converters, applied in this order (quantization)."""
+    print_after_conversion: bool = False
+    """Print the model after the converters ran."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Sizes that replace the flavor's, e.g. `[model.args] n_layers = 4`."""
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that get their own hyper-parameters: the first group that matches wins."""
+
+    pattern: str
+    """Glob over parameter names, e.g. `layers.*.attention.*`."""
+    lr_factor: NonNegativeFloat = 1.0
+    """Multiplies the learning rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """Replaces the weight decay."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer."""
+
+    name: Literal["AdamW", "Adam"] = "AdamW"
+    """Optimizer."""
+    lr: NonNegativeFloat = 8e-4
+    """Peak learning rate."""
+    beta1: Beta = 0.9
+    """Decay of the first moment."""
+    beta2: Beta = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of every parameter whose role is not in `no_decay_roles`."""
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """How the update is computed; `fused` falls back to `foreach` where there is no fused kernel, and says so."""
+    early_step_in_backward: bool = False
+    """Step each parameter as soon as its gradient is ready."""
+    no_decay_roles: list[str] = field(default_factory=lambda: ["norm", "bias"])
+    """Parameter roles without weight decay: embedding, hidden, output, norm, bias, expert, router."""
+    param_groups: list[ParamGroup] = field(default_factory=list)
+    """Groups by name pattern, on top of the roles."""
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """Warmup, stable phase, decay."""
+
+    warmup_steps: NonNegative = 200
+    """Steps of linear warmup."""
+    decay_ratio: Fraction | None = None
+    """Share of the steps that decay; unset: all after the warmup."""
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+    min_lr_factor: Fraction = 0.0
+    """The decay ends at this share of the peak."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Batch, length, precision."""
+
+    dataset: str = "embedded"
+    """`embedded` (the standard library's text, no network), `c4`, `c4_test`, `c4_validation`, `local`, or a Hub
+    repository `org/name`."""
+    dataset_path: str | None = None
+    """Local file, folder or glob (txt, jsonl, parquet) that replaces the data set's own location."""
+    local_batch_size: Positive = 8
+    """Sequences a data-parallel rank computes at once."""
+    global_batch_size: int = -1
+    """Sequences a step; -1: local_batch_size times the data-parallel ranks. More means gradient accumulation."""
+    seq_len: Positive = 2048
+    """Tokens a sequence."""
+    max_norm: NonNegativeFloat = 1.0
+    """Gradients are clipped to this norm; 0: measured, not clipped."""
+    steps: Positive = 10000
+    """Optimizer steps of the run."""
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """Dtype of parameters, gradients and optimizer state."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the computation."""
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = "float32"
+    """Dtype in which gradients are reduced over ranks."""
+    gc_freq: Positive = 50
+    """Steps from one garbage collection to the next."""
+    gc_debug: bool = False
+    """Collect in full at every step and warn of tensors in reference cycles."""
+    seed: NonNegative | None = None
+    """Seed of weights and data; unset: drawn once and stored with the run."""
+    deterministic: bool = False
+    """Only deterministic algorithms."""
+    debug_moe_force_load_balance: bool = False
+    """Send every expert the same number of tokens."""
+    time_limit_minutes: PositiveFloat | None = None
+    """Save and stop cleanly after this time."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How the model is laid out over the ranks."""
+
+    data_parallel_replicate_degree: Positive = 1
+    """Copies of the model (DDP; HSDP together with a shard degree)."""
+    enable_compiled_autograd: bool = False
+    """Compile the backward of DDP."""
+    data_parallel_shard_degree: AutoDegree = -1
+    """Ranks over which parameters are sharded (FSDP2); -1: the ranks that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """When gathered parameters are freed: `default` frees after the forward unless pipelining."""
+    tensor_parallel_degree: Positive = 1
+    """Ranks over which each matrix is split."""
+    disable_loss_parallel: bool = False
+    """Gather the logits before the loss."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel communication with the matmuls."""
+    pipeline_parallel_degree: Positive = 1
+    """Pipeline ranks."""
+    module_fqns_per_model_part: list[list[str]] | None = None
+    """Modules of each pipeline stage, by name."""
+    pipeline_parallel_first_stage_less_layers: NonNegative = 1
+    """Layers that the embedding counts for."""
+    pipeline_parallel_last_stage_less_layers: NonNegative = 1
+    """Layers that the output counts for."""
+    pipeline_parallel_layers_per_stage: Positive | None = None
+    """Layers a stage; unset: one stage a rank (two for schedules with several)."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Pipeline schedule."""
+    pipeline_parallel_schedule_csv: str | None = ""
+    """File with a schedule of your own."""
+    pipeline_parallel_microbatch_size: Positive = 1
+    """Sequences a pipeline microbatch."""
+    context_parallel_degree: Positive = 1
+    """Ranks over which the sequence is split."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """How keys and values travel."""
+    expert_parallel_degree: Positive = 1
+    """Ranks over which experts are split."""
+    expert_tensor_parallel_degree: Positive = 1
+    """Ranks over which each expert is split."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is saved and loaded, and when."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest complete one."""
+    enable_ft_dataloader_checkpoints: bool = True
+    """Save the data position of every replica under fault tolerance."""
+    folder: str = "checkpoint"
+    """Folder of the checkpoints, inside the dump folder; or a URL (s3://, gs://, memory://)."""
+    interval: Positive = 500
+    """Steps from one checkpoint to the next."""
+    initial_load_path: str | None = None
+    """Checkpoint to start from when the run has none of its own."""
+    initial_load_model_only: bool = True
+    """Start with the weights only, not with optimizer, schedule and data position."""
+    initial_load_in_hf: bool = False
+    """The weights to start from are in Hugging Face format."""
+    initial_load_in_hf_quantized: bool = False
+    """They are quantized."""
+    last_save_model_only: bool = True
+    """Add a weights-only export at the last step (the full checkpoint is kept, so the run can be extended)."""
+    last_save_in_hf: bool = False
+    """Write the last step in Hugging Face format too."""
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Dtype of the weights-only export."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Save in the background while training goes on."""
+    keep_latest_k: NonNegative = 10
+    """Newest checkpoints to keep; 0: all."""
+    load_step: AutoDegree = -1
+    """Step to load; -1: the newest complete one."""
+    exclude_from_loading: list[str] = field(default_factory=list)
+    """Parts not to load: model, optimizer, lr_scheduler, dataloader, train_state."""
+    enable_first_step_checkpoint: bool = False
+    """Save after the first step too."""
+    create_seed_checkpoint: bool = False
+    """Write the initial weights as step 0 and stop."""
+    load_only: bool = False
+    """Load, never save."""
+    keep_best_k: NonNegative = 0
+    """Best checkpoints by validation loss to keep besides the newest ones."""
+    verify: bool = True
+    """Check the hash of everything that is read."""
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    """Which activations are recomputed in the backward."""
+
+    mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
+    """`full`: every block; `selective`: every n-th block or by operation; `memory_budget`: the compiler decides."""
+    selective_ac_option: str = "2"
+    """A number n (every n-th block) or `op` (save the costly operations, recompute the rest)."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(
+        default_factory=lambda: ["moe.router.gate"]
+    )
+    """Linear layers that are recomputed in spite of `op`."""
+    early_stop: bool = False
+    """Stop a recomputation as soon as all that is needed is there."""
+    memory_budget: Fraction = 0.5
+    """0: recompute all, 1: nothing (needs `compile.enable`)."""
+    visualize_memory_budget_pareto: bool = False
+    """Write the compiler's trade-off curve."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile, block by block."""
+
+    enable: bool = False
+    """Compile."""
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
+    """What is compiled."""
+    backend: str = "inductor"
+    """Compiler backend."""
+
+
+@dataclass(frozen=True)
+class Float8Linear:
+    """Float8 matmuls."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather FSDP parameters in float8."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute all scales in one reduction after the optimizer step."""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Scaling recipe."""
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers left in high precision."""
+    emulate: bool = False
+    """Emulate float8 where the hardware lacks it."""
+
+
+@dataclass(frozen=True)
+class MXLinear:
+    """MXFP8 matmuls."""
+
+    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
+    """Kernel of the cast along dim 1."""
+    recipe_name: str = "mxfp8_cublas"
+    """Scaling recipe."""
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    """Layers left in high precision."""
+
+
+@dataclass(frozen=True)
+class QuantizeLinear:
+    """Quantized linear layers."""
+
+    float8: Float8Linear = field(default_factory=Float8Linear)
+    """Float8."""
+    mx: MXLinear = field(default_factory=MXLinear)
+    """MXFP8."""
+
+
+@dataclass(frozen=True)
+class Float8GroupedMM:
+    """Float8 expert matmuls."""
+
+    fqns: list[str] = field(default_factory=list)
+    """Modules whose experts are quantized."""
+
+
+@dataclass(frozen=True)
+class MXGroupedMM:
+    """MXFP8 expert matmuls."""
+
+    recipe_name: str = "mxfp8"
+    """Scaling recipe."""
+    fqns: list[str] = field(default_factory=list)
+    """Modules whose experts are quantized."""
+
+
+@dataclass(frozen=True)
+class QuantizeGroupedMM:
+    """Quantized expert matmuls."""
+
+    float8: Float8GroupedMM = field(default_factory=Float8GroupedMM)
+    """Float8."""
+    mx: MXGroupedMM = field(default_factory=MXGroupedMM)
+    """MXFP8."""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Low-precision matmuls."""
+
+    linear: QuantizeLinear = field(default_factory=QuantizeLinear)
+    """Linear layers."""
+    grouped_mm: QuantizeGroupedMM = field(default_factory=QuantizeGroupedMM)
+    """Experts."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Collectives: timeouts and traces."""
+
+    init_timeout_seconds: Positive = 300
+    """Timeout until the first step is done."""
+    train_timeout_seconds: Positive = 100
+    """Timeout after it."""
+    trace_buf_size: NonNegative = 20000
+    """Events that the flight recorder keeps; 0: off."""
+    save_traces_folder: str = "comm_traces"
+    """Folder of its traces, inside the dump folder."""
+    save_traces_file_prefix: str = "rank_"
+    """Prefix of their names."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimation:
+    """Estimate instead of training (see also `titan train --dry-run`)."""
+
+    enable: bool = False
+    """Estimate and stop."""
+    disable_fake_mode: bool = False
+    """Estimate with real tensors."""
+
+
+@dataclass(frozen=True)
+class FaultTolerance:
+    """Replica groups that come and go."""
+
+    enable: bool = False
+    """Train with torchft."""
+    process_group: Literal["gloo", "nccl"] = "gloo"
+    """Backend between replica groups."""
+    process_group_timeout_ms: Positive = 10000
+    """Its timeout."""
+    replica_id: NonNegative = 0
+    """This replica group."""
+    group_size: NonNegative = 0
+    """Number of replica groups."""
+    min_replica_size: Positive = 1
+    """Fewest groups that may train."""
+    semi_sync_method: Literal["local_sgd", "diloco"] | None = None
+    """Synchronise less often than every step."""
+    sync_steps: Positive = 5
+    """Steps from one synchronisation to the next."""
+    should_quantize: bool = False
+    """Quantize what is synchronised."""
+    fragment_sync_delay: NonNegative = 0
+    """Steps between sending and applying a fragment."""
+    fragment_update_alpha: Fraction = 0.0
+    """Share of the local weights that is kept."""
+    module_fqns_per_model_fragment: list[list[str]] = field(default_factory=list)
+    """Modules of each fragment, by name."""
+    num_fragments: Positive = 1
+    """Number of fragments."""
+
+
+@dataclass(frozen=True)
+class Experimental:
+    """Extension points."""
+
+    custom_import: str = ""
+    """Python module to import first."""
+    custom_args_module: str = ""
+    """Deprecated: use `job.custom_config_module`."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on a fixed slice of held-out data."""
+
+    enable: bool = False
+    """Validate during training."""
+    dataset: str = "c4_validation"
+    """Data set; names as in `training.dataset`."""
+    dataset_path: str | None = None
+    """Local file, folder or glob that replaces its own location."""
+    local_batch_size: Positive = 8
+    """Sequences a data-parallel rank computes at once."""
+    seq_len: Positive = 2048
+    """Tokens a sequence."""
+    freq: Positive = 10
+    """Steps from one validation to the next."""
+    steps: int = -1
+    """Batches of a validation; -1: the whole data set."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """How text becomes batches (titan's own section)."""
+
+    shuffle: bool = True
+    """Read documents in an order drawn from the seed, another one every epoch."""
+    num_workers: NonNegative = 0
+    """Worker processes a rank; 0: one background thread."""
+    prefetch: Positive = 4
+    """Batches prepared ahead."""
+    text_key: str = "text"
+    """Column that holds the text."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    subset: str | None = None
+    """Configuration name of a Hub data set."""
+    streaming: bool = False
+    """Stream a Hub or local data set instead of preparing it for random access."""
+    shuffle_window: Positive = 10000
+    """Documents that are shuffled among each other when streaming."""
+    split_documents: bool = True
+    """Fill every row to the end and go on with the rest of a document in the next row; off: a document that fits in
+    a row is never cut, and the row is padded."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What happens when a step goes wrong (titan's own section)."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """Loss or gradient norm is NaN or infinite: stop with a dump, skip the update and count it, or go back to the last
+    checkpoint and past the data that broke it."""
+    spike: Policy = "ignore"
+    """The same for a loss spike."""
+    spike_factor: PositiveFloat = 5.0
+    """A loss is a spike when it exceeds the running mean by this many running deviations."""
+    spike_window: Positive = 50
+    """Steps of the running mean."""
+    max_skips: NonNegative = 10
+    """More skipped steps or rollbacks than this stop the run."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    job: Job = field(default_factory=Job)
+    profiling: Profiling = field(default_factory=Profiling)
+    metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
+    comm: Comm = field(default_factory=Comm)
+    memory_estimation: MemoryEstimation = field(default_factory=MemoryEstimation)
+    fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
+    guard: Guard = field(default_factory=Guard)
+    validation: Validation = field(default_factory=Validation)
+    experimental: Experimental = field(default_factory=Experimental)

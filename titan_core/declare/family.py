@@ -1,0 +1,40 @@
+"""A model family as one frozen value, and the table of families.
+
+Adding a model is adding a folder to `titan_core/models` and a line to `FAMILIES`; no engine knows its name. A `Family`
+holds data and functions that import torch only when a module is built, so that counting, checking and planning run
+without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from titan_core.declare.parameters import Attention, Parameter
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that titan knows of a model family.
+
+    `flavors` maps a name to a frozen dataclass of sizes, which has at least `vocab_size` and `max_seq_len`.
+    `parameters(sizes)` lists every parameter, `attentions(sizes)` every attention layer, in forward order.
+    `build(sizes)` makes the module on the current default device, with uninitialised weights. `blocks` are globs of
+    the modules that are checkpointed, compiled and sharded as units.
+    """
+
+    name: str
+    flavors: Mapping[str, Any]
+    parameters: Callable[[Any], Sequence[Parameter]]
+    attentions: Callable[[Any], Sequence[Attention]]
+    build: Callable[[Any], nn.Module]
+    blocks: tuple[str, ...]
+
+    def sizes(self, flavor: str, **changes: Any) -> Any:
+        """Return the sizes of a flavor with some of them replaced."""
+        return dataclasses.replace(self.flavors[flavor], **changes)

@@ -1,0 +1,65 @@
+"""What a family says of its parameters, once: name, shape, role, initial distribution.
+
+One table a family, plain Python. Initialisation, optimizer groups, muP, quantization, the weight maps' shape checks and
+the counts of parameters, FLOPs and bytes all read it; a test holds it against the module that it describes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["embedding", "hidden", "output", "norm", "bias", "expert", "router"]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal distribution with mean 0, cut at `cut` standard deviations when that is given."""
+
+    std: float
+    cut: float | None = None
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element is `value`."""
+
+    value: float
+
+
+Init = Normal | Constant
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: fully qualified name, shape in (out, in) order, role, and initial distribution.
+
+    `active` is the share of the parameter's matmul that one token uses (k / E for routed experts). `tied_to` names
+    the parameter whose storage this one shares.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    init: Init
+    active: float = 1.0
+    tied_to: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer, as FLOP and memory counts need it."""
+
+    num_heads: int
+    num_kv_heads: int
+    qk_dim: int
+    v_dim: int
+    window: int | None = None
