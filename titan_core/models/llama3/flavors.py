@@ -1,0 +1,57 @@
+"""Llama 3: sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Stretch of the rotary frequencies (Llama 3.1)."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaSizes:
+    """Everything that determines the shape and the arithmetic of a Llama 3."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int = 8
+    ffn_dim: int = 14336
+    vocab_size: int = 128256
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: Scaling | None = field(default_factory=Scaling)
+    max_seq_len: int = 131072
+    tied: bool = False
+    depth_init: bool = True
+    attention_mask: Literal["causal", "block_causal"] = "causal"
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.dim // self.n_heads
+
+
+_DEBUG = {"dim": 256, "n_layers": 6, "n_heads": 16, "n_kv_heads": 16, "ffn_dim": 768, "vocab_size": 2048}
+
+FLAVORS = {
+    "debugmodel": LlamaSizes(**_DEBUG),
+    "debugmodel_flex_attn": LlamaSizes(**_DEBUG, attention_mask="block_causal"),
+    "1B": LlamaSizes(
+        dim=2048, n_layers=16, n_heads=32, ffn_dim=8192, tied=True, rope_scaling=Scaling(factor=32.0)
+    ),
+    "3B": LlamaSizes(
+        dim=3072, n_layers=28, n_heads=24, ffn_dim=8192, tied=True, rope_scaling=Scaling(factor=32.0)
+    ),
+    "8B": LlamaSizes(),
+    "70B": LlamaSizes(dim=8192, n_layers=80, n_heads=64, ffn_dim=28672),
+    "405B": LlamaSizes(dim=16384, n_layers=126, n_heads=128, ffn_dim=53248),
+}

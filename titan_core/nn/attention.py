@@ -1,0 +1,84 @@
+"""Scaled dot-product attention behind one function, causal or causal within documents.
+
+Shape letters: B batch, T tokens, S keys, H query heads, K key/value heads, C head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees besides causality, in the form that the device computes with.
+
+    `dense` is a boolean (B, 1, T, S) for SDPA, `blocks` a flex BlockMask. With neither, attention is plain causal.
+    """
+
+    dense: Tensor | None = None
+    blocks: Any = None
+
+
+CAUSAL = Mask()
+
+
+def document_mask(documents_BT: Tensor) -> Mask:
+    """Build the mask that lets a token see earlier tokens of its own document only.
+
+    `documents_BT` holds document numbers, -1 for padding. On a GPU it is a flex block mask, which skips whole blocks;
+    elsewhere, where flex attention has no backward, a boolean tensor.
+    """
+    if documents_BT.device.type == "cuda":
+        return Mask(blocks=_block_mask(documents_BT))
+    num_tokens = documents_BT.shape[1]
+    same = documents_BT[:, :, None] == documents_BT[:, None, :]
+    return Mask(dense=(same & _causal(num_tokens, num_tokens, documents_BT.device))[:, None])
+
+
+def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Tensor:
+    """Return softmax(q k^T / sqrt(C)) v as (B, T, H, C); query heads share key/value heads without copying them.
+
+    Queries are the last T of the S positions. The values may be wider or narrower than the keys.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
+    grouped = q.shape[1] != k.shape[1]
+    if mask.blocks is not None:
+        out = _compiled_flex()(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
+    elif mask.dense is not None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, enable_gqa=grouped)
+    elif 1 < q.shape[2] < k.shape[2]:
+        seen = _causal(q.shape[2], k.shape[2], q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+    else:
+        causal = q.shape[2] > 1  # a single query, the newest, sees every key
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return which of the keys each of the last `queries` positions sees, (T, S)."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _block_mask(documents_BT: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, _h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (q >= kv) & (documents_BT[b, q] == documents_BT[b, kv])
+
+    batch, num_tokens = documents_BT.shape
+    return create_block_mask(
+        visible, batch, None, num_tokens, num_tokens, device=documents_BT.device, _compile=True
+    )
+
+
+def _compiled_flex() -> Any:
+    """Return flex attention, compiled: eager, it materialises the scores. torch caches the compiled code."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,38 @@
+"""The one switch between kernels and plain torch: what a layer computes, by the fastest correct way on this device.
+
+Every function here has a plain PyTorch form that runs anywhere and that the fast forms are tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """Return `x @ weight.T` in `compute_dtype`, or in the dtype of the weight."""
+    if compute_dtype is None:
+        return F.linear(x, weight)
+    return F.linear(x.to(compute_dtype), weight.to(compute_dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return `x / rms(x) * weight`; statistics in fp32, result in the dtype of `x`."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `silu(gate) * up`."""
+    return F.silu(gate) * up
+
+
+def rotate_pairs(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension by fp32 angles (RoPE, Su et al. 2021).
+
+    `x_BTHC` is (B, T, heads, head width), the tables are (T, head width / 2) or (B, T, head width / 2).
+    """
+    x = x_BTHC.float().unflatten(-1, (-1, 2))
+    a, b = x[..., 0], x[..., 1]
+    cos, sin = cos_TC.unsqueeze(-2), sin_TC.unsqueeze(-2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHC.dtype)

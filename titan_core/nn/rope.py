@@ -1,0 +1,47 @@
+"""Rotary position tables, with Llama 3's frequency scaling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Stretch of the low frequencies beyond the original context (Llama 3.1): wavelengths shorter than
+    `original / high` stay, longer than `original / low` are stretched by `factor`, between them it is blended."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+def frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
+) -> Tensor:
+    """Return the angular frequencies (head_dim / 2), fp32; formed in fp64, so that devices agree."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    freqs = 1.0 / theta**exponents
+    return (freqs if scaling is None else _stretch(freqs, scaling)).float()
+
+
+def _stretch(freqs: Tensor, scaling: RopeScaling) -> Tensor:
+    wavelengths = 2 * math.pi / freqs
+    low = scaling.original_max_seq_len / scaling.low_freq_factor
+    high = scaling.original_max_seq_len / scaling.high_freq_factor
+    blend = (scaling.original_max_seq_len / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - blend) * freqs / scaling.factor + blend * freqs
+    freqs = torch.where(wavelengths > low, freqs / scaling.factor, freqs)
+    return torch.where((wavelengths <= low) & (wavelengths >= high), blended, freqs)
+
+
+def table(positions_T: Tensor, freqs_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (T, head_dim / 2) in fp32 for integer positions (T) or (B, T)."""
+    angles = positions_T.unsqueeze(-1).float() * freqs_C
+    return angles.cos(), angles.sin()

@@ -1,0 +1,101 @@
+"""Activation checkpointing: recompute in the backward instead of storing.
+
+A block's `forward` is replaced, not the block: names of parameters and modules stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from titan_core.config.schema import ActivationCheckpoint
+
+_aten = torch.ops.aten
+# What is worth storing: every kind of attention, reductions across ranks, and (every second) matmul.
+SAVED_OPS = {
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_attention_math.default,
+    _aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch._higher_order_ops.flex_attention,
+    _aten.max.default,
+}
+MATMUL_OPS = {_aten.mm.default, _aten.linear.default}
+
+
+def apply(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> str:
+    """Make blocks recompute as configured, and return a few words that say what was done."""
+    if config.mode == "none":
+        return "none"
+    if config.mode == "memory_budget":
+        import torch._functorch.config as functorch_config
+
+        functorch_config.activation_memory_budget = config.memory_budget
+        functorch_config.visualize_memory_budget_pareto = config.visualize_memory_budget_pareto
+        return f"compiler's choice at budget {config.memory_budget}"
+    if config.mode == "full":
+        chosen, context = list(blocks), None
+        said = "every block"
+    elif config.selective_ac_option == "op":
+        chosen = list(blocks)
+        said = "by operation"
+        context = partial(_contexts, _forced_shapes(blocks, config))
+    else:
+        every = int(config.selective_ac_option)
+        chosen, context = list(blocks[every - 1 :: every]), None
+        said = f"every block, n = {every}" if every == 1 else f"one block in {every}"
+    for block in chosen:
+        _wrap(block, context, config.early_stop)
+    return said
+
+
+def _wrap(block: nn.Module, context: Any, early_stop: bool) -> None:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if context is not None:
+        options["context_fn"] = context
+    options["early_stop"] = early_stop
+    block.forward = partial(checkpoint, block.forward, **options)
+
+
+def _forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> set[torch.Size]:
+    """Return the (in, out) shapes of the linear layers that are recomputed in spite of the policy."""
+    patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
+    shapes = set()
+    for block in blocks:
+        for name, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if any(p in name for p in patterns) and isinstance(weight, torch.Tensor):
+                shapes.add(torch.Size(reversed(weight.shape)))
+    return shapes
+
+
+def _contexts(forced: set[torch.Size]) -> Any:
+    """Store costly operations and every second matmul, recompute the rest (torchtitan's balance)."""
+    counts = {"forward": 0, "recompute": 0}
+
+    def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op in MATMUL_OPS:
+            right = args[1].shape if op is _aten.mm.default else torch.Size(reversed(args[1].shape))
+            if right in forced:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            phase = "recompute" if ctx.is_recompute else "forward"
+            counts[phase] += 1
+            return _keep(counts[phase] % 2 == 1)
+        return _keep(op in SAVED_OPS)
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _keep(keep: bool) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,54 @@
+"""From meta tensors to initial weights, shard by shard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from titan_core.declare.parameters import Constant, Parameter
+from titan_core.nn.random import fill_normal
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, device: torch.device) -> None:
+    """Allocate a meta model on `device` and draw its weights: a pure function of seed and name, whatever the layout."""
+    model.to_empty(device=device)
+    table = {parameter.name: parameter for parameter in declared}
+    for name, tensor in model.named_parameters():
+        parameter = table[name]
+        local, offset = _shard_of(tensor)
+        if local.numel() == 0:
+            continue
+        if isinstance(parameter.init, Constant):
+            local.fill_(parameter.init.value)
+            continue
+        fill_normal(
+            local,
+            seed=seed,
+            name=name,
+            full_shape=parameter.shape,
+            offset=offset,
+            std=parameter.init.std,
+            cut=parameter.init.cut,
+        )
+
+
+def count(tensors: Sequence[Tensor]) -> int:
+    """Return the number of elements that this rank holds."""
+    return sum(math.prod(_shard_of(tensor)[0].shape) for tensor in tensors)
+
+
+def _shard_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this rank's block of a tensor and where the block begins in the full tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.dim()
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tensor.to_local(), tuple(offset)

@@ -1,0 +1,43 @@
+"""Next-token prediction."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from titan_core.nn.attention import CAUSAL, Mask, document_mask
+from titan_core.nn.loss import linear_cross_entropy
+
+
+class TokenBatch(Protocol):
+    """Rows of tokens with what should follow them: (B, T) each, labels -100 where nothing counts."""
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor
+
+
+class CausalLM(nn.Module):
+    """A language model together with its loss. A loss is a sum and a weight; only the trainer divides."""
+
+    def __init__(self, model: nn.Module, *, document_masks: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.document_masks = document_masks
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Return the sum of the cross-entropies (nats) of all counted labels, fp32 scalar."""
+        hidden_BTD = self.model.hidden(batch.tokens, self.mask(batch))
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), self.model.head_weight, batch.labels.flatten()
+        )
+
+    def mask(self, batch: TokenBatch) -> Mask:
+        """Return who may attend to whom."""
+        return document_mask(batch.documents) if self.document_masks else CAUSAL
+
+    @staticmethod
+    def weight(batch: TokenBatch) -> Tensor:
+        """Return the number of labels that count, int64 scalar on the batch's device."""
+        return (batch.labels != -100).sum()
