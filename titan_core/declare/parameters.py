@@ -35,7 +35,7 @@ class Parameter:
     """One parameter: fully qualified name, shape in (out, in) order, role, and initial distribution.
 
     `active` is the share of the parameter's matmul that one token uses (k / E for routed experts). `tied_to` names
-    the parameter whose storage this one shares.
+    the parameter that stands in for this one: its matmul counts, but the module has no parameter of this name.
     """
 
     name: str

@@ -15,8 +15,9 @@ def parameters(sizes: LlamaSizes) -> tuple[Parameter, ...]:
     for layer in range(sizes.n_layers):
         listed += _block(sizes, layer)
     listed.append(Parameter("norm.weight", (sizes.dim,), "norm", Constant(1.0)))
-    if not sizes.tied:
-        listed.append(Parameter("output.weight", embedding, "output", Normal(sizes.dim**-0.5, cut=3.0)))
+    head = Normal(sizes.dim**-0.5, cut=3.0)
+    tied_to = "tok_embeddings.weight" if sizes.tied else None
+    listed.append(Parameter("output.weight", embedding, "output", head, tied_to=tied_to))
     return tuple(listed)
 
 
