@@ -104,7 +104,11 @@ def find(target: str, relative_to: Path | None = None) -> Path:
     import difflib
 
     near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
-    tip = f"did you mean the recipe `{near[0]}`?" if near else "`titan train --list` shows the recipes"
+    tip = (
+        f"did you mean the recipe `{near[0]}`?"
+        if near
+        else "`titan train --list` shows the recipes"
+    )
     kind = "file" if target.endswith(".toml") or "/" in target else "recipe or file"
     raise ConfigError([Problem("", f"no such {kind}: `{target}`", tip=tip)])
 
@@ -127,7 +131,9 @@ def _read_chain(target: str, problems: list[Problem]) -> list[Setting | None]:
         kind = "recipe" if is_recipe else "file"
         chain.append(
             [
-                Setting(key, value, Source(kind, f"{label}:{lines[key]}" if key in lines else label))
+                Setting(
+                    key, value, Source(kind, f"{label}:{lines[key]}" if key in lines else label)
+                )
                 for key, value in _flatten(tree)
             ]
         )
@@ -371,7 +377,9 @@ def _deprecations(
                 )
             )
         else:
-            notes.append(f"`model.tokenizer_path` is deprecated, use `model.hf_assets_path` ({where.where})")
+            notes.append(
+                f"`model.tokenizer_path` is deprecated, use `model.hf_assets_path` ({where.where})"
+            )
             values.setdefault("model.hf_assets_path", old)
             sources.setdefault("model.hf_assets_path", where)
     return notes

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import typing
+from typing import Any
 
+import msgspec
+
+from titan_core.config import schema
 from titan_core.declare.family import Family
-from titan_core.runtime.errors import UsageError
+from titan_core.runtime.errors import ConfigError, Problem, UsageError
 
 FAMILIES = {"llama3": "titan_core.models.llama3"}
 
@@ -19,3 +24,40 @@ def family(name: str) -> Family:
         tip = f"did you mean `{near[0]}`? known: {known}" if near else f"known families: {known}"
         raise UsageError(f"no model family `{name}`", where="model.name", tip=tip)
     return importlib.import_module(FAMILIES[name]).FAMILY
+
+
+def resolve(config: schema.Model) -> tuple[Family, Any]:
+    """Return the family and the sizes that `[model]` names; raises `ConfigError` for what the family does not have."""
+    chosen = family(config.name)
+    flavors = ", ".join(chosen.flavors)
+    if config.flavor not in chosen.flavors:
+        near = difflib.get_close_matches(config.flavor, chosen.flavors, n=1, cutoff=0.3)
+        tip = (
+            f"did you mean `{near[0]}`? {config.name} has {flavors}"
+            if near
+            else f"one of {flavors}"
+        )
+        message = f"{config.name} has no flavor `{config.flavor}`"
+        raise ConfigError([Problem("model.flavor", message, where="model.flavor", tip=tip)])
+    flavor = chosen.flavors[config.flavor]
+    problems, changes = [], {}
+    hints = typing.get_type_hints(type(flavor))
+    for name, value in config.args.items():
+        where = f"model.args.{name}"
+        try:
+            changes[name] = msgspec.convert(value, hints[name])
+        except KeyError:
+            near = difflib.get_close_matches(name, hints, n=1, cutoff=0.4)
+            tip = f"did you mean `{near[0]}`?" if near else "it has " + ", ".join(hints)
+            problems.append(Problem(where, f"{config.name} has no size `{name}`", where, tip))
+        except msgspec.ValidationError as error:
+            problems.append(Problem(where, f"`{where}` cannot be `{value}`: {error}", where))
+    if problems:
+        raise ConfigError(problems)
+    return chosen, chosen.sizes(config.flavor, **changes)
+
+
+def sizes_from_dict(chosen: Family, saved: dict[str, Any]) -> Any:
+    """Rebuild the sizes that a checkpoint recorded."""
+    cls = type(next(iter(chosen.flavors.values())))
+    return msgspec.convert(saved, cls)

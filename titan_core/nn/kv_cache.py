@@ -9,7 +9,9 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, (B, capacity, K, C) each."""
 
-    def __init__(self, owner: KVCache, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, owner: KVCache, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ):
         self.owner = owner
         self.k_BSKC = torch.empty(shape, device=device, dtype=dtype)
         self.v_BSKC = torch.empty(shape, device=device, dtype=dtype)
@@ -25,8 +27,17 @@ class LayerCache:
 class KVCache:
     """One cache for a whole model: made once for `capacity` tokens, never grown."""
 
-    def __init__(self, *, layers: int, batch: int, capacity: int, kv_heads: int, head_dim: int,
-                 device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.capacity = capacity
         self.length = 0
         shape = (batch, capacity, kv_heads, head_dim)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 18  # elements hashed at once: 2 MiB of int64, which stays in the cache of one core
-_MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # splitmix64's finaliser, as signed integers
+_MULTIPLIERS = (
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # splitmix64's finaliser, as signed integers
 _GOLDEN = -0x61C8864680B583EB
 
 
@@ -31,7 +34,9 @@ def fill_normal(
 
     `cut` redraws nothing: it maps uniform numbers to the normal distribution truncated at that many deviations.
     """
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
+    key = int.from_bytes(
+        hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True
+    )
     bound = 1.0 if cut is None else math.erf(cut / math.sqrt(2))
     rows = out.reshape(out.shape[0] if out.dim() > 1 else 1, -1)
     if rows.data_ptr() != out.data_ptr():

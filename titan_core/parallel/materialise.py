@@ -14,7 +14,9 @@ from titan_core.nn.random import fill_normal
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, device: torch.device) -> None:
+def materialise(
+    model: nn.Module, declared: Sequence[Parameter], seed: int, device: torch.device
+) -> None:
     """Allocate a meta model on `device` and draw its weights: a pure function of seed and name, whatever the layout."""
     model.to_empty(device=device)
     table = {parameter.name: parameter for parameter in declared}

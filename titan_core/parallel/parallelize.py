@@ -19,7 +19,9 @@ from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.mesh import Mesh
 
 
-def parallelize(task: nn.Module, blocks: Sequence[str], mesh: Mesh, config: Config) -> tuple[DataParallel, list[str]]:
+def parallelize(
+    task: nn.Module, blocks: Sequence[str], mesh: Mesh, config: Config
+) -> tuple[DataParallel, list[str]]:
     """Lay out a task on the meta device. `blocks` are globs of module names, under `task.model`.
 
     Returns the laid-out task and one line for each thing that was done.

@@ -46,15 +46,20 @@ def ranks_from_environment(env: Any = os.environ) -> tuple[int, int, int, int]:
     return 0, 1, 0, 1
 
 
-def start(timeout_seconds: float = 300, device: str | None = None) -> World:
+def start(
+    timeout_seconds: float = 300, device: str | None = None, *, always_group: bool = False
+) -> World:
     """Join the job that the environment describes and take this rank's device.
 
-    `device` forces a device type (`cpu`, `cuda`). Raises `MachineError` if it is not there or the others are not.
+    `device` forces a device type (`cpu`, `cuda`); `always_group` makes a process group even for one rank. Raises
+    `MachineError` if the device is not there or the other ranks are not.
     """
     rank, size, local_rank, local_size = ranks_from_environment()
     kind = device or os.environ.get("TITAN_DEVICE") or default_device_type()
     if kind == "cuda" and not torch.cuda.is_available():
-        raise MachineError("no CUDA device is visible", tip="`titan doctor` says what this machine has")
+        raise MachineError(
+            "no CUDA device is visible", tip="`titan doctor` says what this machine has"
+        )
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"rank {rank} wants GPU {local_rank}, but this host shows {torch.cuda.device_count()}",
@@ -65,6 +70,8 @@ def start(timeout_seconds: float = 300, device: str | None = None) -> World:
         torch.cuda.set_device(target)
     if size > 1 and not dist.is_initialized():
         _init_process_group(rank, size, kind, timeout_seconds)
+    elif always_group and not dist.is_initialized():
+        dist.init_process_group(_backend(kind), store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, local_rank, local_size, target)
 
 
@@ -93,6 +100,10 @@ def set_timeout(seconds: float) -> None:
             backend._set_default_timeout(timedelta(seconds=seconds))
 
 
+def _backend(kind: str) -> str:
+    return "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+
+
 def _init_process_group(rank: int, size: int, kind: str, timeout_seconds: float) -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
@@ -100,10 +111,9 @@ def _init_process_group(rank: int, size: int, kind: str, timeout_seconds: float)
             f"this process is rank {rank} of {size}, but MASTER_PORT is not set",
             tip="start with `titan train --nproc N`, torchrun or srun, or set MASTER_ADDR and MASTER_PORT",
         )
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     try:
         dist.init_process_group(
-            backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
+            _backend(kind), rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
         )
     except (RuntimeError, dist.DistStoreError, dist.DistNetworkError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -40,16 +40,33 @@ class LlamaSizes:
         return self.dim // self.n_heads
 
 
-_DEBUG = {"dim": 256, "n_layers": 6, "n_heads": 16, "n_kv_heads": 16, "ffn_dim": 768, "vocab_size": 2048}
+_DEBUG = {
+    "dim": 256,
+    "n_layers": 6,
+    "n_heads": 16,
+    "n_kv_heads": 16,
+    "ffn_dim": 768,
+    "vocab_size": 2048,
+}
 
 FLAVORS = {
     "debugmodel": LlamaSizes(**_DEBUG),
     "debugmodel_flex_attn": LlamaSizes(**_DEBUG, attention_mask="block_causal"),
     "1B": LlamaSizes(
-        dim=2048, n_layers=16, n_heads=32, ffn_dim=8192, tied=True, rope_scaling=Scaling(factor=32.0)
+        dim=2048,
+        n_layers=16,
+        n_heads=32,
+        ffn_dim=8192,
+        tied=True,
+        rope_scaling=Scaling(factor=32.0),
     ),
     "3B": LlamaSizes(
-        dim=3072, n_layers=28, n_heads=24, ffn_dim=8192, tied=True, rope_scaling=Scaling(factor=32.0)
+        dim=3072,
+        n_layers=28,
+        n_heads=24,
+        ffn_dim=8192,
+        tied=True,
+        rope_scaling=Scaling(factor=32.0),
     ),
     "8B": LlamaSizes(),
     "70B": LlamaSizes(dim=8192, n_layers=80, n_heads=64, ffn_dim=28672),

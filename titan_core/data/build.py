@@ -1,0 +1,83 @@
+"""From a config to loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from titan_core.config.schema import Config
+from titan_core.data.documents import Documents, IndexedDocuments, StreamedDocuments
+from titan_core.data.fixed_slice import FixedSlice
+from titan_core.data.loader import BatchLoader
+from titan_core.data.sources import Source, Stream, open_source
+from titan_core.data.tokenizer import Tokenizer
+from titan_core.runtime.events import Listener, silent
+
+
+def build_train_loader(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    global_batch_size: int,
+    seed: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    listener: Listener = silent,
+) -> BatchLoader:
+    """Build the training loader of one data rank."""
+    training, data = config.training, config.data
+    source = open_source(
+        training.dataset, training.dataset_path, data, validation=False, listener=listener
+    )
+
+    def documents(mine: Callable[[int], bool]) -> Documents:
+        return _documents(source, seed, data.shuffle_window, data.shuffle, mine, infinite=True)
+
+    return BatchLoader(
+        documents,
+        tokenizer,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        global_batch_size=global_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        data=data,
+        source_fingerprint=source.fingerprint,
+        seed=seed,
+    )
+
+
+def build_validation_slice(
+    config: Config,
+    tokenizer: Tokenizer,
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    listener: Listener = silent,
+) -> FixedSlice:
+    """Build the validation slice: documents in the order of the data set, one pass."""
+    validation = config.validation
+    source = open_source(
+        validation.dataset, validation.dataset_path, config.data, validation=True, listener=listener
+    )
+    return FixedSlice(
+        _documents(source, 0, 1, False, lambda number: True, infinite=False),
+        tokenizer,
+        seq_len=validation.seq_len,
+        batch_size=validation.local_batch_size,
+        num_batches=validation.steps,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+    )
+
+
+def _documents(
+    source: Source,
+    seed: int,
+    window: int,
+    shuffle: bool,
+    mine: Callable[[int], bool],
+    infinite: bool,
+) -> Documents:
+    if isinstance(source, Stream):
+        return StreamedDocuments(source, seed, window, shuffle, mine, infinite)
+    return IndexedDocuments(source, seed, shuffle, infinite)

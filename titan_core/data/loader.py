@@ -1,0 +1,291 @@
+"""Batches for one data rank, prepared in the background, with a position that outlives the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from titan_core.config import schema
+from titan_core.data.documents import Documents
+from titan_core.data.lanes import (
+    LaneReader,
+    NumberedRow,
+    Position,
+    positions_from_json,
+    positions_to_json,
+)
+from titan_core.data.tokenizer import Tokenizer
+from titan_core.data.workers import read_with_workers
+from titan_core.runtime.errors import DataError
+
+_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens (B, T) int64, what follows them (B, T) int64, -100 where nothing counts, and document numbers
+    (B, T) int32, -1 for padding."""
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Move to a device without waiting for it."""
+        if device.type == "cpu":
+            return self
+        moved = (
+            x.pin_memory().to(device, non_blocking=True)
+            for x in (self.tokens, self.labels, self.documents)
+        )
+        return Batch(*moved)
+
+
+def collate(rows: list[Any]) -> Batch:
+    """Stack rows into a batch."""
+    parts = ([getattr(row, name) for row in rows] for name in ("tokens", "labels", "documents"))
+    return Batch(*(torch.from_numpy(np.stack(part)) for part in parts))
+
+
+class BatchLoader:
+    """An endless iterator over the microbatches of one data rank.
+
+    Step s computes rows s*G .. s*G + G - 1 of the run, G being the global batch; rank d of D the d-th part of them, in
+    microbatches of `local_batch_size`. So the rows of a step are the same for any D, microbatch size or number of
+    workers. `documents(mine)` makes the sequence of documents, `mine` telling which of them will be asked for.
+    """
+
+    def __init__(
+        self,
+        documents: Callable[[Callable[[int], bool]], Documents],
+        tokenizer: Tokenizer,
+        *,
+        seq_len: int,
+        local_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        data: schema.Data,
+        source_fingerprint: str,
+        seed: int,
+    ) -> None:
+        self.make_documents = documents
+        self.tokenizer = tokenizer
+        self.seq_len = seq_len
+        self.local_batch_size = local_batch_size
+        self.global_batch_size = global_batch_size
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.data = data
+        self.fingerprint = {
+            "source": source_fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "seed": str(seed),
+            "shuffle": str(data.shuffle),
+        }
+        self.wait_seconds = 0.0
+        self.rows = 0
+        self.digest = 0
+        self._num_lanes = global_batch_size
+        self._positions: dict[int, Position] = {}
+        self._stream_state: dict[str, Any] = {}
+        self._microbatch = 0
+        self._producer: _Producer | None = None
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches a step."""
+        return self.global_batch_size // self.dp_size // self.local_batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Return the next microbatch; waits for it, and counts the wait."""
+        if self._producer is None:
+            self._producer = _Producer(self._produce(), self.data.prefetch)
+        began = time.perf_counter()
+        rows, stream_state = self._producer.get()
+        self.wait_seconds += time.perf_counter() - began
+        for numbered in rows:
+            self._positions[numbered.lane] = numbered.after
+            self.digest = (self.digest + numbered.digest) % _MODULUS
+        self._stream_state = stream_state
+        self._microbatch += 1
+        if self._microbatch == self.microbatches:
+            self._microbatch = 0
+            self.rows += self.global_batch_size
+        return collate([numbered.row for numbered in rows])
+
+    def row_numbers(self, start: int, microbatch: int) -> list[int]:
+        """Return the rows of one microbatch of the step that begins at row `start`."""
+        mine = self.global_batch_size // self.dp_size
+        first = start + self.dp_rank * mine + microbatch * self.local_batch_size
+        return list(range(first, first + self.local_batch_size))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of what has been handed out, of this rank's lanes; call it between steps."""
+        return {
+            "version": 1,
+            "rows": self.rows,
+            "lanes": self._num_lanes,
+            "positions": positions_to_json(self._positions),
+            "digest": self.digest,
+            "stream": self._stream_state,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a merged position, on any number of ranks and workers. Raises `DataError` if the data changed."""
+        for part, value in self.fingerprint.items():
+            if state["fingerprint"].get(part) != value:
+                raise DataError(
+                    f"the {part} of the data is not the one that the run was started with "
+                    f"({state['fingerprint'].get(part)}, now {value})",
+                    where="the checkpoint's data position",
+                    tip="give the same data, or leave it out: `--checkpoint.exclude_from_loading dataloader`",
+                )
+        self.close()
+        self.rows = state["rows"]
+        self._num_lanes = state["lanes"]
+        self._positions = positions_from_json(state["positions"])
+        self._stream_state = state["stream"]
+        self._microbatch = 0
+        self.digest = state["digest"] if self.dp_rank == 0 else 0
+
+    def skip_steps(self, steps: int) -> None:
+        """Pass over the rows of some steps, as after a rollback past bad data."""
+        for _ in range(steps * self.microbatches):
+            next(self)
+
+    def close(self) -> None:
+        """Stop the background work."""
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def _produce(self) -> Iterator[tuple[list[NumberedRow], dict[str, Any]]]:
+        if self.data.num_workers:
+            yield from read_with_workers(self)
+        else:
+            yield from self.read(range(self.local_batch_size))
+
+    def read(self, slots: range) -> Iterator[tuple[list[NumberedRow], dict[str, Any]]]:
+        """Yield some slots of every microbatch, from the current position on, and the stream's state after each."""
+        lanes = self._lanes_of(slots)
+        documents = self.make_documents(
+            lambda number: lanes is None or number % self._num_lanes in lanes
+        )
+        if self._stream_state:
+            documents.load(self._stream_state)
+        reader = LaneReader(
+            documents,
+            self.tokenizer,
+            lanes=self._num_lanes,
+            seq_len=self.seq_len,
+            split_documents=self.data.split_documents,
+            positions=self._positions,
+        )
+        start = self.rows
+        while True:
+            for microbatch in range(self.microbatches):
+                numbers = self.row_numbers(start, microbatch)
+                rows = [reader.row(numbers[slot]) for slot in slots]
+                if any(row is None for row in rows):
+                    raise DataError("the data set has no text", where="training.dataset")
+                yield (
+                    [row for row in rows if row is not None],
+                    documents.state(_oldest(reader, lanes)),
+                )
+            start += self.global_batch_size
+
+    def _lanes_of(self, slots: range) -> set[int] | None:
+        """Return the lanes that some slots ever touch, None for all: after the global batch changed, they wander."""
+        if self.global_batch_size != self._num_lanes or self.rows % self._num_lanes:
+            return None
+        return {
+            number
+            for microbatch in range(self.microbatches)
+            for slot, number in enumerate(self.row_numbers(0, microbatch))
+            if slot in slots
+        }
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merge the positions of all data ranks into the run's: of each lane the farthest, of streams the earliest."""
+    merged = dict(states[0])
+    positions: dict[str, Any] = {}
+    for state in states:
+        for lane, position in state["positions"].items():
+            if position[0] > positions.get(lane, [-1])[0]:
+                positions[lane] = position
+    merged["positions"] = dict(sorted(positions.items(), key=lambda item: int(item[0])))
+    merged["digest"] = sum(state["digest"] for state in states) % _MODULUS
+    streams = [state["stream"] for state in states if state["stream"]]
+    merged["stream"] = min(streams, key=lambda stream: stream["number"]) if streams else {}
+    return merged
+
+
+def data_hash(state: dict[str, Any]) -> str:
+    """Return a short hash of everything that was read so far: equal if and only if the same rows were."""
+    return hashlib.sha256(f"{state['rows']}/{state['digest']}".encode()).hexdigest()[:16]
+
+
+def _oldest(reader: LaneReader, lanes: set[int] | None) -> int:
+    """Return the first document that a lane may still ask for."""
+    asked = range(reader.num_lanes) if lanes is None else lanes
+    start = Position(0, 0, 0)
+    return min(
+        lane + reader.positions.get(lane, start).documents * reader.num_lanes for lane in asked
+    )
+
+
+class _Producer:
+    """A daemon thread that runs an iterator ahead of its consumer."""
+
+    def __init__(self, source: Iterator[Any], ahead: int) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(source,), daemon=True, name="titan-data"
+        )
+        self._thread.start()
+
+    def get(self) -> Any:
+        """Return the next item; an error of the thread is raised here."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self, source: Iterator[Any]) -> None:
+        try:
+            for item in source:
+                if not self._put(item):
+                    break
+        except Exception as error:  # handed to the consumer, which raises it
+            self._put(error)
+        finally:
+            source.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False

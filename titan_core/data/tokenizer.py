@@ -1,0 +1,212 @@
+"""Tokenizers: Hugging Face files, tiktoken files, SentencePiece models, and the built-in byte-level BPE."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from titan_core.data import embedded, foreign_tokenizers
+from titan_core.runtime.errors import DataError
+from titan_core.runtime.events import Listener, Phase, Warned, silent
+
+BUILT_IN_VOCAB = 2048
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+
+class Tokenizer:
+    """Text to ids and back, with a begin and an end token.
+
+    A tokenizer that adds its begin or end token itself is not made to add it twice.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
+        self.backend = backend
+        self.bos_id = self._id(bos)
+        self.eos_id = self._id(eos)
+        self.bos_token, self.eos_token = bos, eos
+        own = backend.encode("", add_special_tokens=True).ids
+        self._adds_bos = bool(own) and own[0] == self.bos_id
+        self._adds_eos = bool(own) and own[-1] == self.eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the vocabulary and rules."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
+
+    def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]:
+        """Return the ids of a text."""
+        return self.encode_batch([text], add_bos=add_bos, add_eos=add_eos)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_bos: bool, add_eos: bool
+    ) -> list[list[int]]:
+        """Return the ids of several texts, in parallel where the library can."""
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        head = [self.bos_id] if add_bos and self.bos_id is not None else []
+        tail = [self.eos_id] if add_eos and self.eos_id is not None else []
+        return [head + item.ids + tail for item in encoded]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Return the text of ids."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, as Hugging Face libraries read them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        }
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2), encoding="utf-8"
+        )
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+
+class StreamDecoder:
+    """Turns ids into text piece by piece, holding back bytes that are not yet whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Take one id and return the text that is certain now."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        piece, self._shown = text[self._shown :], len(text)
+        return piece
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+def load_tokenizer(path: str, listener: Listener = silent) -> Tokenizer:
+    """Load the tokenizer of a folder or file; an empty path is the built-in one. Raises `DataError`."""
+    if not path:
+        return _built_in(listener)
+    place = Path(path)
+    if not place.exists():
+        raise DataError(
+            f"no tokenizer at `{path}`",
+            where="model.hf_assets_path",
+            tip="give a folder with tokenizer.json or tokenizer.model, or leave it empty for the built-in one",
+        )
+    folder = place if place.is_dir() else place.parent
+    backend = _open(place, folder)
+    bos, eos, added = _special_tokens(folder)
+    for token in added:
+        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
+    vocab = backend.get_vocab(with_added_tokens=True)
+    bos = bos or next((t for t in foreign_tokenizers.BOS_NAMES if t in vocab), None)
+    eos = eos or next((t for t in foreign_tokenizers.EOS_NAMES if t in vocab), None)
+    return Tokenizer(backend, bos, eos)
+
+
+def _open(place: Path, folder: Path) -> tokenizers.Tokenizer:
+    names = [place.name] if place.is_file() else sorted(p.name for p in folder.iterdir())
+    try:
+        if "tokenizer.json" in names:
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if "vocab.json" in names and "merges.txt" in names:
+            return foreign_tokenizers.from_merges(folder)
+        for name in names:
+            if name.endswith((".model", ".tiktoken")):
+                return foreign_tokenizers.from_model_file(folder / name)
+    except DataError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise DataError(f"cannot read the tokenizer in `{folder}`: {error}") from error
+    raise DataError(
+        f"no tokenizer files in `{folder}`; it holds {', '.join(names[:8]) or 'nothing'}",
+        where="model.hf_assets_path",
+        tip="expected tokenizer.json, vocab.json with merges.txt, or tokenizer.model",
+    )
+
+
+def _special_tokens(folder: Path) -> tuple[str | None, str | None, list[str]]:
+    """Read begin, end and other special tokens from tokenizer_config.json."""
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None, None, []
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read `{file}`: {error}") from error
+
+    def content(value: Any) -> str | None:
+        return value.get("content") if isinstance(value, dict) else value
+
+    added = [content(v) for v in config.get("added_tokens_decoder", {}).values()]
+    named = [
+        content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+    ]
+    return named[0], named[1], [t for t in [*added, *named] if t]
+
+
+def _built_in(listener: Listener) -> Tokenizer:
+    """Load the built-in tokenizer from the cache, or train it, which takes seconds."""
+    recipe = f"{BUILT_IN_VOCAB}/{embedded.fingerprint('train')}/{tokenizers.__version__}/1"
+    name = f"tokenizer-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.json"
+    file = cache_folder() / name
+    if file.is_file():
+        try:
+            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), BOS, EOS)
+        except Exception:  # a damaged cache file is replaced; the library raises bare Exception
+            listener(Warned(f"the cached tokenizer `{file}` is damaged and is trained again"))
+    listener(Phase("training the built-in tokenizer (once, some seconds)"))
+    backend = _train()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(backend.to_str(), encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        listener(
+            Warned(
+                f"the built-in tokenizer could not be cached in `{file.parent}`: {error.strerror}"
+            )
+        )
+    return Tokenizer(backend, BOS, EOS)
+
+
+def _train() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BUILT_IN_VOCAB,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((embedded.text(path) for path in embedded.files("train")), trainer)
+    return backend
+
+
+def cache_folder() -> Path:
+    """Return the folder where titan keeps what it can make again: $TITAN_CACHE, $XDG_CACHE_HOME/titan, ~/.cache/titan."""
+    if "TITAN_CACHE" in os.environ:
+        return Path(os.environ["TITAN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan"
