@@ -104,11 +104,7 @@ def find(target: str, relative_to: Path | None = None) -> Path:
     import difflib
 
     near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
-    tip = (
-        f"did you mean the recipe `{near[0]}`?"
-        if near
-        else "`titan train --list` shows the recipes"
-    )
+    tip = f"did you mean the recipe `{near[0]}`?" if near else "`titan train --list` shows the recipes"
     kind = "file" if target.endswith(".toml") or "/" in target else "recipe or file"
     raise ConfigError([Problem("", f"no such {kind}: `{target}`", tip=tip)])
 
@@ -119,9 +115,7 @@ def _read_chain(target: str, problems: list[Problem]) -> list[Setting | None]:
     path, seen = find(target), []
     while path is not None:
         if path in seen:
-            problems.append(
-                Problem("extends", f"`{path}` extends itself", tip="remove one `extends` line")
-            )
+            problems.append(Problem("extends", f"`{path}` extends itself", tip="remove one `extends` line"))
             break
         seen.append(path)
         tree, lines = _parse(path)
@@ -131,9 +125,7 @@ def _read_chain(target: str, problems: list[Problem]) -> list[Setting | None]:
         kind = "recipe" if is_recipe else "file"
         chain.append(
             [
-                Setting(
-                    key, value, Source(kind, f"{label}:{lines[key]}" if key in lines else label)
-                )
+                Setting(key, value, Source(kind, f"{label}:{lines[key]}" if key in lines else label))
                 for key, value in _flatten(tree)
             ]
         )
@@ -359,9 +351,7 @@ def toml_value(value: Any) -> str:
     return toml_value(msgspec.to_builtins(value))
 
 
-def _deprecations(
-    values: dict[str, Any], sources: dict[str, Source], problems: list[Problem]
-) -> list[str]:
+def _deprecations(values: dict[str, Any], sources: dict[str, Source], problems: list[Problem]) -> list[str]:
     """Carry over what older files say in words that are gone."""
     notes = []
     old = values.pop("model.tokenizer_path", None)
@@ -377,9 +367,7 @@ def _deprecations(
                 )
             )
         else:
-            notes.append(
-                f"`model.tokenizer_path` is deprecated, use `model.hf_assets_path` ({where.where})"
-            )
+            notes.append(f"`model.tokenizer_path` is deprecated, use `model.hf_assets_path` ({where.where})")
             values.setdefault("model.hf_assets_path", old)
             sources.setdefault("model.hf_assets_path", where)
     return notes

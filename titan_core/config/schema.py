@@ -289,9 +289,7 @@ class ActivationCheckpoint:
     """`full`: every block; `selective`: every n-th block or by operation; `memory_budget`: the compiler decides."""
     selective_ac_option: str = "2"
     """A number n (every n-th block) or `op` (save the costly operations, recompute the rest)."""
-    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(
-        default_factory=lambda: ["moe.router.gate"]
-    )
+    per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
     """Linear layers that are recomputed in spite of `op`."""
     early_stop: bool = False
     """Stop a recomputation as soon as all that is needed is there."""

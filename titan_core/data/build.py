@@ -25,9 +25,7 @@ def build_train_loader(
 ) -> BatchLoader:
     """Build the training loader of one data rank."""
     training, data = config.training, config.data
-    source = open_source(
-        training.dataset, training.dataset_path, data, validation=False, listener=listener
-    )
+    source = open_source(training.dataset, training.dataset_path, data, validation=False, listener=listener)
 
     def documents(mine: Callable[[int], bool]) -> Documents:
         return _documents(source, seed, data.shuffle_window, data.shuffle, mine, infinite=True)
@@ -56,9 +54,7 @@ def build_validation_slice(
 ) -> FixedSlice:
     """Build the validation slice: documents in the order of the data set, one pass."""
     validation = config.validation
-    source = open_source(
-        validation.dataset, validation.dataset_path, config.data, validation=True, listener=listener
-    )
+    source = open_source(validation.dataset, validation.dataset_path, config.data, validation=True, listener=listener)
     return FixedSlice(
         _documents(source, 0, 1, False, lambda number: True, infinite=False),
         tokenizer,

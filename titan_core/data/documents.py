@@ -17,9 +17,7 @@ from titan_core.runtime.errors import DataError
 class IndexedDocuments:
     """Documents of a source that can be read in any order."""
 
-    def __init__(
-        self, source: IndexedSource, seed: int, shuffle: bool, infinite: bool = True
-    ) -> None:
+    def __init__(self, source: IndexedSource, seed: int, shuffle: bool, infinite: bool = True) -> None:
         self.source = source
         self.seed = seed
         self.shuffle = shuffle
@@ -117,9 +115,7 @@ class StreamedDocuments:
         else:
             self._reader = None
             self._ended = not self.infinite
-            self._starts.append(
-                {"number": number + len(texts), "epoch": epoch + 1, "library": None}
-            )
+            self._starts.append({"number": number + len(texts), "epoch": epoch + 1, "library": None})
 
 
 Documents = IndexedDocuments | StreamedDocuments

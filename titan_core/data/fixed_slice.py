@@ -36,9 +36,7 @@ class FixedSlice:
         self.seq_len = seq_len
         self.num_batches = num_batches
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self._reader = LaneReader(
-            documents, tokenizer, lanes=1, seq_len=seq_len, split_documents=True, positions={}
-        )
+        self._reader = LaneReader(documents, tokenizer, lanes=1, seq_len=seq_len, split_documents=True, positions={})
         self._batches: list[Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:

@@ -72,9 +72,7 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
     bpe = models.BPE({spell(token): rank for token, rank in ranks.items()}, merges)
     bpe.ignore_merges = True  # tiktoken takes a whole word that is a token without merging
     backend = _byte_level(bpe, split=LLAMA3_SPLIT)
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in LLAMA3_SPECIAL]
-    )
+    backend.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in LLAMA3_SPECIAL])
     return backend
 
 
@@ -105,15 +103,11 @@ def from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
         + ([decoders.Strip(" ", 1, 0)] if prefix == "first" else [])
     )
     control = [p.piece for p in proto.pieces if p.type == 3]
-    backend.add_special_tokens(
-        [tokenizers.AddedToken(t, special=True, normalized=False) for t in control]
-    )
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in control])
     return backend
 
 
-def _sentencepiece_bpe(
-    pieces: list[tuple[str, float]], unknown: int, fallback: bool
-) -> tokenizers.models.Model:
+def _sentencepiece_bpe(pieces: list[tuple[str, float]], unknown: int, fallback: bool) -> tokenizers.models.Model:
     """Recover the merges of a SentencePiece BPE: every split of a piece into two pieces, best score first."""
     index = {piece: i for i, (piece, _) in enumerate(pieces)}
     merges = []

@@ -18,9 +18,7 @@ from titan_core.data.packing import Cursor, Lane, Row
 from titan_core.data.tokenizer import Tokenizer
 from titan_core.runtime.errors import DataError
 
-_MOST_EMPTY = (
-    100_000  # documents without a token, one after the other, before a data set counts as empty
-)
+_MOST_EMPTY = 100_000  # documents without a token, one after the other, before a data set counts as empty
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,7 @@ class Batch:
         """Move to a device without waiting for it."""
         if device.type == "cpu":
             return self
-        moved = (
-            x.pin_memory().to(device, non_blocking=True)
-            for x in (self.tokens, self.labels, self.documents)
-        )
+        moved = (x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.labels, self.documents))
         return Batch(*moved)
 
 
@@ -181,9 +178,7 @@ class BatchLoader:
     def read(self, slots: range) -> Iterator[tuple[list[NumberedRow], dict[str, Any]]]:
         """Yield some slots of every microbatch, from the current position on, and the stream's state after each."""
         lanes = self._lanes_of(slots)
-        documents = self.make_documents(
-            lambda number: lanes is None or number % self._num_lanes in lanes
-        )
+        documents = self.make_documents(lambda number: lanes is None or number % self._num_lanes in lanes)
         if self._stream_state:
             documents.load(self._stream_state)
         reader = LaneReader(
@@ -243,9 +238,7 @@ def _oldest(reader: LaneReader, lanes: set[int] | None) -> int:
     """Return the first document that a lane may still ask for."""
     asked = range(reader.num_lanes) if lanes is None else lanes
     start = Position(0, 0, 0)
-    return min(
-        lane + reader.positions.get(lane, start).documents * reader.num_lanes for lane in asked
-    )
+    return min(lane + reader.positions.get(lane, start).documents * reader.num_lanes for lane in asked)
 
 
 class _Producer:
@@ -254,9 +247,7 @@ class _Producer:
     def __init__(self, source: Iterator[Any], ahead: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(source,), daemon=True, name="titan-data"
-        )
+        self._thread = threading.Thread(target=self._run, args=(source,), daemon=True, name="titan-data")
         self._thread.start()
 
     def get(self) -> Any:

@@ -35,9 +35,7 @@ class Lane:
     the last label of a row is the first input of the next, so every token but the first is a label once.
     """
 
-    def __init__(
-        self, read: Callable[[int], np.ndarray | None], seq_len: int, split_documents: bool
-    ) -> None:
+    def __init__(self, read: Callable[[int], np.ndarray | None], seq_len: int, split_documents: bool) -> None:
         self.read = read
         self.seq_len = seq_len
         self.split_documents = split_documents
@@ -69,19 +67,11 @@ class Lane:
         self.cursor = self._step_back(position) if room == 0 else position
         return self._row(pieces)
 
-    def _must_wait(
-        self, document: np.ndarray, position: Cursor, room: int, pieces: list[np.ndarray]
-    ) -> bool:
+    def _must_wait(self, document: np.ndarray, position: Cursor, room: int, pieces: list[np.ndarray]) -> bool:
         """With whole documents, one that fits in a row of its own is not begun in a row that is too full for it."""
         fits_alone = len(document) <= self.seq_len + 1
         unstarted = position.offset == 0
-        return (
-            not self.split_documents
-            and bool(pieces)
-            and unstarted
-            and fits_alone
-            and len(document) > room
-        )
+        return not self.split_documents and bool(pieces) and unstarted and fits_alone and len(document) > room
 
     def _step_back(self, position: Cursor) -> Cursor:
         """Read the last token again as the first input of the next row; it was only a label so far.

@@ -119,9 +119,7 @@ class Stream:
 Source = IndexedSource | Stream
 
 
-def open_source(
-    name: str, path: str | None, data: schema.Data, *, validation: bool, listener: Listener
-) -> Source:
+def open_source(name: str, path: str | None, data: schema.Data, *, validation: bool, listener: Listener) -> Source:
     """Open a data set by name, or the local files at `path`. Raises `DataError` with what to do."""
     if name == "c4_test":
         path = path or "tests/assets/c4_test"
@@ -141,11 +139,7 @@ def open_source(
     if "/" in name:
         return _hub(name, data.subset, data.split, data, streaming=data.streaming)
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-    tip = (
-        f"did you mean `{near[0]}`?"
-        if near
-        else f"one of {', '.join(NAMES)}, or org/name of the Hub"
-    )
+    tip = f"did you mean `{near[0]}`?" if near else f"one of {', '.join(NAMES)}, or org/name of the Hub"
     raise DataError(f"no data set `{name}`", where="training.dataset", tip=tip)
 
 
@@ -170,9 +164,7 @@ def _local(path: str, data: schema.Data) -> Source:
     kinds = {_FORMATS.get(file.suffix, "text") for file in files}
     if len(kinds) > 1:
         mixed = ", ".join(sorted({file.suffix for file in files}))
-        raise DataError(
-            f"`{path}` mixes formats: {mixed}", tip="point dataset_path at one of them, with a glob"
-        )
+        raise DataError(f"`{path}` mixes formats: {mixed}", tip="point dataset_path at one of them, with a glob")
     kind = kinds.pop()
     if kind == "text":
         return _not_empty(TextFiles(files), path)
@@ -180,9 +172,7 @@ def _local(path: str, data: schema.Data) -> Source:
     return _load(kind, None, options, data, data.streaming, f"local/{_fingerprint(files)}")
 
 
-def _hub(
-    name: str, subset: str | None, split: str, data: schema.Data, *, streaming: bool
-) -> Source:
+def _hub(name: str, subset: str | None, split: str, data: schema.Data, *, streaming: bool) -> Source:
     return _load(name, subset, {"split": split}, data, streaming, f"{name}/{subset}/{split}")
 
 

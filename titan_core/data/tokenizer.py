@@ -49,9 +49,7 @@ class Tokenizer:
         """Return the ids of a text."""
         return self.encode_batch([text], add_bos=add_bos, add_eos=add_eos)[0]
 
-    def encode_batch(
-        self, texts: Sequence[str], *, add_bos: bool, add_eos: bool
-    ) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, add_bos: bool, add_eos: bool) -> list[list[int]]:
         """Return the ids of several texts, in parallel where the library can."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         head = [self.bos_id] if add_bos and self.bos_id is not None else []
@@ -72,9 +70,7 @@ class Tokenizer:
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
         }
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2), encoding="utf-8"
-        )
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
@@ -159,9 +155,7 @@ def _special_tokens(folder: Path) -> tuple[str | None, str | None, list[str]]:
         return value.get("content") if isinstance(value, dict) else value
 
     added = [content(v) for v in config.get("added_tokens_decoder", {}).values()]
-    named = [
-        content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-    ]
+    named = [content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")]
     return named[0], named[1], [t for t in [*added, *named] if t]
 
 
@@ -183,11 +177,7 @@ def _built_in(listener: Listener) -> Tokenizer:
         partial.write_text(backend.to_str(), encoding="utf-8")
         partial.replace(file)
     except OSError as error:
-        listener(
-            Warned(
-                f"the built-in tokenizer could not be cached in `{file.parent}`: {error.strerror}"
-            )
-        )
+        listener(Warned(f"the built-in tokenizer could not be cached in `{file.parent}`: {error.strerror}"))
     return Tokenizer(backend, BOS, EOS)
 
 

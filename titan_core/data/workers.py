@@ -25,9 +25,7 @@ class _Share(IterableDataset):
         slots = range(info.id, self.loader.local_batch_size, info.num_workers)
         try:
             yield from self.loader.read(slots)
-        except (
-            DataError
-        ) as error:  # an exception class of ours would not survive the DataLoader's re-raising
+        except DataError as error:  # an exception class of ours would not survive the DataLoader's re-raising
             yield error
 
 

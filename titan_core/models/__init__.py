@@ -32,11 +32,7 @@ def resolve(config: schema.Model) -> tuple[Family, Any]:
     flavors = ", ".join(chosen.flavors)
     if config.flavor not in chosen.flavors:
         near = difflib.get_close_matches(config.flavor, chosen.flavors, n=1, cutoff=0.3)
-        tip = (
-            f"did you mean `{near[0]}`? {config.name} has {flavors}"
-            if near
-            else f"one of {flavors}"
-        )
+        tip = f"did you mean `{near[0]}`? {config.name} has {flavors}" if near else f"one of {flavors}"
         message = f"{config.name} has no flavor `{config.flavor}`"
         raise ConfigError([Problem("model.flavor", message, where="model.flavor", tip=tip)])
     flavor = chosen.flavors[config.flavor]

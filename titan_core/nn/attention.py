@@ -72,9 +72,7 @@ def _block_mask(documents_BT: Tensor) -> Any:
         return (q >= kv) & (documents_BT[b, q] == documents_BT[b, kv])
 
     batch, num_tokens = documents_BT.shape
-    return create_block_mask(
-        visible, batch, None, num_tokens, num_tokens, device=documents_BT.device, _compile=True
-    )
+    return create_block_mask(visible, batch, None, num_tokens, num_tokens, device=documents_BT.device, _compile=True)
 
 
 def _compiled_flex() -> Any:

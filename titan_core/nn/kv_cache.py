@@ -9,9 +9,7 @@ from torch import Tensor
 class LayerCache:
     """Keys and values of one layer, (B, capacity, K, C) each."""
 
-    def __init__(
-        self, owner: KVCache, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, owner: KVCache, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
         self.owner = owner
         self.k_BSKC = torch.empty(shape, device=device, dtype=dtype)
         self.v_BSKC = torch.empty(shape, device=device, dtype=dtype)

@@ -27,9 +27,7 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for rows in _chunks(hidden_ND, weight_VD):
         logits = hidden_ND[rows] @ weight_VD.to(hidden_ND.dtype).T
-        total += F.cross_entropy(
-            logits.float(), labels_N[rows], ignore_index=IGNORE, reduction="sum"
-        )
+        total += F.cross_entropy(logits.float(), labels_N[rows], ignore_index=IGNORE, reduction="sum")
     return total
 
 
@@ -61,9 +59,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope.scatter_add_(-1, target, torch.full_like(lse, -1.0))
             slope = slope.mul_(valid[:, None]).to(dtype)
             grad_hidden[rows] = slope @ weight
-            grad_weight.addmm_(
-                slope.T.float(), hidden_ND[rows].float()
-            ) if dtype == torch.float32 else (grad_weight.add_(slope.T @ hidden_ND[rows]))
+            grad_weight.addmm_(slope.T.float(), hidden_ND[rows].float()) if dtype == torch.float32 else (
+                grad_weight.add_(slope.T @ hidden_ND[rows])
+            )
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
         return total
 

@@ -34,9 +34,7 @@ def fill_normal(
 
     `cut` redraws nothing: it maps uniform numbers to the normal distribution truncated at that many deviations.
     """
-    key = int.from_bytes(
-        hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True
-    )
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
     bound = 1.0 if cut is None else math.erf(cut / math.sqrt(2))
     rows = out.reshape(out.shape[0] if out.dim() > 1 else 1, -1)
     if rows.data_ptr() != out.data_ptr():

@@ -20,9 +20,7 @@ class RopeScaling:
     original_max_seq_len: int = 8192
 
 
-def frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device
-) -> Tensor:
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Return the angular frequencies (head_dim / 2), fp32; formed in fp64, so that devices agree."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     freqs = 1.0 / theta**exponents

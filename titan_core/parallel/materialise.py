@@ -14,9 +14,7 @@ from titan_core.nn.random import fill_normal
 
 
 @torch.no_grad()
-def materialise(
-    model: nn.Module, declared: Sequence[Parameter], seed: int, device: torch.device
-) -> None:
+def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, device: torch.device) -> None:
     """Allocate a meta model on `device` and draw its weights: a pure function of seed and name, whatever the layout."""
     model.to_empty(device=device)
     table = {parameter.name: parameter for parameter in declared}
@@ -50,7 +48,5 @@ def _shard_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return tensor, (0,) * tensor.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    _, offset = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), tuple(offset)

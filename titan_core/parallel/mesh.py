@@ -65,9 +65,7 @@ class Mesh:
         from torch.distributed.device_mesh import init_device_mesh
 
         shape = (self.layout.dp_replicate, self.layout.dp_shard)
-        return init_device_mesh(
-            self.device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard")
-        )
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
 
     @property
     def fsdp(self) -> DeviceMesh:

@@ -19,9 +19,7 @@ from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.mesh import Mesh
 
 
-def parallelize(
-    task: nn.Module, blocks: Sequence[str], mesh: Mesh, config: Config
-) -> tuple[DataParallel, list[str]]:
+def parallelize(task: nn.Module, blocks: Sequence[str], mesh: Mesh, config: Config) -> tuple[DataParallel, list[str]]:
     """Lay out a task on the meta device. `blocks` are globs of module names, under `task.model`.
 
     Returns the laid-out task and one line for each thing that was done.
@@ -41,10 +39,7 @@ def find(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     return [
         module
         for name, module in model.named_modules()
-        if any(
-            name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern)
-            for pattern in patterns
-        )
+        if any(name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     ]
 
 

@@ -46,9 +46,7 @@ def ranks_from_environment(env: Any = os.environ) -> tuple[int, int, int, int]:
     return 0, 1, 0, 1
 
 
-def start(
-    timeout_seconds: float = 300, device: str | None = None, *, always_group: bool = False
-) -> World:
+def start(timeout_seconds: float = 300, device: str | None = None, *, always_group: bool = False) -> World:
     """Join the job that the environment describes and take this rank's device.
 
     `device` forces a device type (`cpu`, `cuda`); `always_group` makes a process group even for one rank. Raises
@@ -57,9 +55,7 @@ def start(
     rank, size, local_rank, local_size = ranks_from_environment()
     kind = device or os.environ.get("TITAN_DEVICE") or default_device_type()
     if kind == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
-            "no CUDA device is visible", tip="`titan doctor` says what this machine has"
-        )
+        raise MachineError("no CUDA device is visible", tip="`titan doctor` says what this machine has")
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"rank {rank} wants GPU {local_rank}, but this host shows {torch.cuda.device_count()}",
@@ -112,9 +108,7 @@ def _init_process_group(rank: int, size: int, kind: str, timeout_seconds: float)
             tip="start with `titan train --nproc N`, torchrun or srun, or set MASTER_ADDR and MASTER_PORT",
         )
     try:
-        dist.init_process_group(
-            _backend(kind), rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds)
-        )
+        dist.init_process_group(_backend(kind), rank=rank, world_size=size, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, dist.DistStoreError, dist.DistNetworkError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise MachineError(

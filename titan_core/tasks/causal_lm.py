@@ -29,9 +29,7 @@ class CausalLM(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return the sum of the cross-entropies (nats) of all counted labels, fp32 scalar."""
         hidden_BTD = self.model.hidden(batch.tokens, self.mask(batch))
-        return linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), self.model.head_weight, batch.labels.flatten()
-        )
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.model.head_weight, batch.labels.flatten())
 
     def mask(self, batch: TokenBatch) -> Mask:
         """Return who may attend to whom."""

@@ -58,9 +58,7 @@ class Parts:
         return dict(self.model.named_parameters())
 
 
-def build(
-    config: Config, world: World, listener: Listener, global_batch: int | None = None
-) -> Parts:
+def build(config: Config, world: World, listener: Listener, global_batch: int | None = None) -> Parts:
     """Build all parts. `global_batch` is that of a run to be resumed, where the config leaves it open."""
     layout = Layout.of(config.parallelism, world.size)
     mesh = Mesh(layout, world.device.type, world.rank)
@@ -106,9 +104,7 @@ def build_model(
     return model, task, parallel, said
 
 
-def global_batch_size(
-    config: Config, layout: Layout, resumed: int | None, listener: Listener
-) -> int:
+def global_batch_size(config: Config, layout: Layout, resumed: int | None, listener: Listener) -> int:
     """Return the sequences a step: the config's, or those of the run that is resumed, or one microbatch a rank."""
     unit = config.training.local_batch_size * layout.dp
     asked = config.training.global_batch_size

@@ -54,9 +54,7 @@ def compare(config: Config, saved: Config, allowed: Sequence[str]) -> list[str]:
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in allowed):
             said.append(f"{key} changes from {toml_value(old)} to {toml_value(new)}")
         else:
-            message = (
-                f"`{key}` is {toml_value(new)}, but the run was started with {toml_value(old)}"
-            )
+            message = f"`{key}` is {toml_value(new)}, but the run was started with {toml_value(old)}"
             tip = f"`--allow-change {key}` to go on with the new value, or `--run` for another run"
             problems.append(Problem(key, message, tip=tip))
     if problems:

@@ -33,9 +33,7 @@ def tensors(parts: Parts, *, model_only: bool = False) -> dict[str, Any]:
     return named if model_only else {**named, **state_tensors(parts.optimizer)}
 
 
-def snapshot(
-    parts: Parts, progress: Progress, extra: dict[str, Any], *, model_only: bool = False
-) -> Snapshot:
+def snapshot(parts: Parts, progress: Progress, extra: dict[str, Any], *, model_only: bool = False) -> Snapshot:
     """Return all that a checkpoint stores; every rank calls it, as data positions are gathered."""
     shared = {
         "step": progress.step,
@@ -56,9 +54,7 @@ def snapshot(
     return Snapshot(tensors(parts, model_only=model_only), shared, own)
 
 
-def restore(
-    parts: Parts, shared: dict[str, Any], own: dict[str, Any] | None, exclude: list[str]
-) -> Progress:
+def restore(parts: Parts, shared: dict[str, Any], own: dict[str, Any] | None, exclude: list[str]) -> Progress:
     """Put back everything but the tensors, which are loaded in place."""
     progress = Progress() if "train_state" in exclude else Progress(**shared["progress"])
     if "dataloader" not in exclude:

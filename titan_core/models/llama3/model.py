@@ -33,16 +33,12 @@ class Llama3(nn.Module):
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = None if sizes.tied else Linear(sizes.dim, sizes.vocab_size)
 
-    def forward(
-        self, tokens_BT: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BT: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None) -> Tensor:
         """Return logits (B, T, V) of the next token at every position."""
         x_BTD = self.hidden(tokens_BT, mask, cache)
         return ops.linear(x_BTD, self.head_weight, x_BTD.dtype)
 
-    def hidden(
-        self, tokens_BT: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None
-    ) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None) -> Tensor:
         """Return what the head is applied to (B, T, D): a loss can then work on it piece by piece."""
         first = 0 if cache is None else cache.length
         positions_T = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device)
@@ -76,9 +72,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.feed_forward = SwiGLU(sizes.dim, sizes.ffn_dim)
 
-    def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: KVCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
@@ -95,9 +89,7 @@ class GroupedQueryAttention(nn.Module):
         self.wv = Linear(sizes.dim, sizes.n_kv_heads * sizes.head_dim)
         self.wo = Linear(sizes.n_heads * sizes.head_dim, sizes.dim)
 
-    def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: KVCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         q_BTHC = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))

@@ -1,0 +1,51 @@
+"""How many parameters and FLOPs a model has, counted from what its family declares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from titan_core.declare.parameters import Attention, Parameter
+
+_MATMUL_ROLES = ("hidden", "output", "expert", "router")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters: all; those that one token's matmuls use; those of the embedding."""
+
+    total: int
+    active: int
+    embedding: int
+
+
+def count_parameters(parameters: Sequence[Parameter]) -> Counts:
+    """Count parameters; a tied one counts once in the total, and its matmul among the active."""
+    total = sum(p.numel for p in parameters if p.tied_to is None)
+    active = sum(round(p.numel * p.active) for p in parameters if p.role in _MATMUL_ROLES)
+    embedding = sum(p.numel for p in parameters if p.role == "embedding")
+    return Counts(total, active, embedding)
+
+
+def flops_per_token(
+    parameters: Sequence[Parameter], attentions: Sequence[Attention], seq_len: int, *, causal: bool = False
+) -> float:
+    """Return the FLOPs of forward and backward for one token of a sequence of `seq_len`.
+
+    Six for each weight that a matmul uses (two forward, four backward), and for attention 6 * keys * heads * (qk width
+    + v width). `causal` counts the keys that a token sees, (T + 1) / 2 on average; without it all T are counted, the
+    convention of most published MFU numbers. Recomputation is not counted.
+    """
+    matmul = sum(6 * p.numel * p.active for p in parameters if p.role in _MATMUL_ROLES or p.role in ("norm", "bias"))
+    return matmul + sum(6 * _keys(a, seq_len, causal) * a.num_heads * (a.qk_dim + a.v_dim) for a in attentions)
+
+
+def _keys(attention: Attention, seq_len: int, causal: bool) -> float:
+    """Return how many keys a query meets, on average."""
+    if attention.window is None or attention.window >= seq_len:
+        return (seq_len + 1) / 2 if causal else seq_len
+    window = attention.window
+    if not causal:
+        return window
+    ramp = window * (window + 1) / 2  # the first tokens see fewer
+    return (ramp + (seq_len - window) * window) / seq_len
