@@ -60,17 +60,17 @@ class Tokenizer:
         """Return the text of ids."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, as Hugging Face libraries read them."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.backend.to_str(), encoding="utf-8")
+    def files(self) -> dict[str, bytes]:
+        """Return `tokenizer.json` and `tokenizer_config.json`, as Hugging Face libraries read them."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        return {
+            "tokenizer.json": self.backend.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+        }
 
     def _id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
@@ -96,6 +96,13 @@ class StreamDecoder:
     def finish(self) -> str:
         """Return what was held back."""
         return self._tokenizer.decode(self._ids)[self._shown :]
+
+
+def tokenizer_from_files(files: dict[str, bytes]) -> Tokenizer:
+    """Rebuild a tokenizer from what `Tokenizer.files` returned."""
+    config = json.loads(files["tokenizer_config.json"])
+    backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+    return Tokenizer(backend, config["bos_token"], config["eos_token"])
 
 
 def load_tokenizer(path: str, listener: Listener = silent) -> Tokenizer:

@@ -74,13 +74,13 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     parameters = dict(model.named_parameters())
     declared = family.parameters(sizes)
     optimizer = build_optimizer(parameters, declared, config.optimizer)
-    data_config = _with_batch(config, rows, seed)
     loader = build_train_loader(
-        data_config,
+        config,
         tokenizer,
+        global_batch_size=rows,
+        seed=seed,
         dp_rank=mesh.dp_rank,
         dp_size=layout.dp,
-        seed=seed,
         listener=listener,
     )
     return Parts(
@@ -139,6 +139,3 @@ def _check_vocabulary(tokenizer: Tokenizer, sizes: Any) -> None:
         )
 
 
-def _with_batch(config: Config, rows: int, seed: int) -> Config:
-    training = dataclasses.replace(config.training, global_batch_size=rows, seed=seed)
-    return dataclasses.replace(config, training=training)

@@ -1,0 +1,214 @@
+"""`titan train`: a resolved config in, a result out."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from titan_core.checkpoint import Checkpointer, find_step, load_tensors, read_shared
+from titan_core.config.load import Resolved, from_dict, to_dict
+from titan_core.config.schema import Config
+from titan_core.observe.loggers import JsonLines, Logger, open_loggers
+from titan_core.runtime import distributed
+from titan_core.runtime.distributed import World
+from titan_core.runtime.errors import ConfigError, Problem, RunFailed
+from titan_core.runtime.events import Event, Listener, Note, Planned, Warned, silent
+from titan_core.training import resume as resuming
+from titan_core.training import state
+from titan_core.training.build import Parts, build
+from titan_core.training.trainer import Result, Trainer, restore_newest
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training job did. `stopped_by` names the signal or limit that ended it early."""
+
+    run: str
+    step: int
+    steps: int
+    tokens: int
+    first_loss: float | None
+    last_loss: float | None
+    checkpoint: str | None
+    seconds: float
+    finished: bool
+    stopped_by: str | None
+
+
+def run(
+    resolved: Resolved,
+    *,
+    listener: Listener = silent,
+    resume: str = "auto",
+    until: int | None = None,
+    allow_change: Sequence[str] = (),
+) -> TrainResult:
+    """Train, on every rank of the job that the environment describes.
+
+    `resume` is `auto` (go on from the newest complete checkpoint, else start), `never`, a step number, or a path to
+    start from. `allow_change` names config keys that may differ from the resumed run's.
+    """
+    config = resolved.config
+    if config.experimental.custom_import:
+        importlib.import_module(config.experimental.custom_import)
+    began = time.perf_counter()
+    resuming.check_allowed(allow_change)
+    _prepare_flight_recorder(config)
+    world = distributed.start(
+        config.comm.init_timeout_seconds, always_group=config.training.enable_cpu_offload
+    )
+    loggers: list[Logger] = []
+    parts: Parts | None = None
+    try:
+        loggers = open_loggers(config, world.rank)
+        tell = _fan_out(listener, loggers, world)
+        for note in resolved.notes:
+            tell(Note(note))
+        trainer, restored = _set_up(config, world, tell, resume, allow_change)
+        parts = trainer.parts
+        _record_start(loggers, parts.config, trainer, restored)
+        tell(Planned(_plan(parts)))
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.save(blocking=True)
+            result = trainer._result(None)
+        else:
+            result = trainer.fit(until)
+        return _result(config, result, time.perf_counter() - began)
+    finally:
+        if parts is not None:
+            parts.loader.close()
+        for logger in loggers:
+            logger.close()
+        distributed.stop()
+
+
+def _set_up(
+    config: Config, world: World, listener: Listener, resume: str, allow_change: Sequence[str]
+) -> tuple[Trainer, bool]:
+    """Build the run and put it where it should start."""
+    checkpointer = None
+    if config.checkpoint.enable:
+        checkpointer = Checkpointer(
+            checkpoint_root(config), config.checkpoint, rank=world.rank, size=world.size, listener=listener
+        )
+    step = int(resume) if resume.isdigit() else config.checkpoint.load_step
+    own = resume == "auto" or resume.isdigit()
+    saved = checkpointer.peek(step) if checkpointer is not None and own else None
+    if saved is not None:
+        for line in resuming.compare(config, from_dict(saved["config"]), allow_change):
+            listener(Note(line))
+        config = _with_seed(config, saved["seed"])
+    elif resume == "never" and checkpointer is not None and checkpointer.newest() is not None:
+        raise ConfigError(
+            [
+                Problem(
+                    "job.dump_folder",
+                    f"`{config.job.dump_folder}` holds checkpoints, and `--resume never` would overwrite them",
+                    tip="choose another `--run` folder, or remove this one",
+                )
+            ]
+        )
+    parts = build(config, world, listener, resuming.saved_global_batch(saved))
+    trainer = Trainer(parts, checkpointer, listener)
+    restored = own and restore_newest(trainer, config.checkpoint, step, listener)
+    if not restored:
+        _load_initial(trainer, resume, listener)
+    return trainer, restored
+
+
+def _load_initial(trainer: Trainer, resume: str, listener: Listener) -> None:
+    """Start from somebody else's weights, if the config or `--resume PATH` names them."""
+    config = trainer.parts.config.checkpoint
+    path = config.initial_load_path
+    model_only = config.initial_load_model_only
+    if resume not in ("auto", "never") and not resume.isdigit():
+        path, model_only = resume, False
+    if path is None:
+        return
+    step_path = find_step(path)
+    load_tensors(step_path, state.tensors(trainer.parts, model_only=model_only), check=config.verify)
+    if not model_only:
+        trainer.resume(read_shared(step_path), None, config.exclude_from_loading)
+    listener(Note(f"started from the {'weights' if model_only else 'state'} of {step_path}"))
+
+
+def checkpoint_root(config: Config) -> str:
+    """Return where a run's checkpoints lie: under the dump folder, or at a URL."""
+    folder = config.checkpoint.folder
+    return folder if "://" in folder else os.path.join(config.job.dump_folder, folder)
+
+
+def _with_seed(config: Config, seed: int) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+
+
+def _fan_out(listener: Listener, loggers: list[Logger], world: World) -> Listener:
+    """Tell everyone; ranks other than the main one pass on only warnings, with their number."""
+
+    def tell(event: Event) -> None:
+        for logger in loggers:
+            logger(event)
+        if world.is_main:
+            listener(event)
+        elif isinstance(event, Warned):
+            listener(Warned(event.text, rank=world.rank))
+
+    return tell
+
+
+def _record_start(loggers: list[Logger], config: Config, trainer: Trainer, restored: bool) -> None:
+    for logger in loggers:
+        if isinstance(logger, JsonLines):
+            kind = "resumed" if restored else "started"
+            logger.record(kind, step=trainer.progress.step, config=to_dict(config))
+
+
+def _plan(parts: Parts) -> list[tuple[str, str]]:
+    """Say in a few rows what is about to be done."""
+    from titan_core.estimation.flops import count_parameters
+
+    config, layout = parts.config, parts.mesh.layout
+    training = config.training
+    counts = count_parameters(parts.family.parameters(parts.sizes))
+    tokens = parts.global_batch * training.seq_len
+    return [
+        ("run", config.job.dump_folder),
+        ("model", f"{parts.family.name} {config.model.flavor}, {counts.total:,} parameters"),
+        ("layout", f"{parts.world.device.type}, {layout}, {training.mixed_precision_param}; " + ", ".join(parts.said)),
+        (
+            "batch",
+            f"{parts.global_batch} x {training.seq_len} = {tokens:,} tokens a step, {training.steps:,} steps, "
+            f"{tokens * training.steps:,} tokens",
+        ),
+        ("data", training.dataset_path or training.dataset),
+    ]
+
+
+def _result(config: Config, result: Result, seconds: float) -> TrainResult:
+    return TrainResult(
+        run=config.job.dump_folder,
+        step=result.step,
+        steps=config.training.steps,
+        tokens=result.tokens,
+        first_loss=result.first_loss,
+        last_loss=result.last_loss,
+        checkpoint=result.checkpoint,
+        seconds=seconds,
+        finished=result.finished,
+        stopped_by=result.stopped_by,
+    )
+
+
+def _prepare_flight_recorder(config: Config) -> None:
+    """Tell the collectives' flight recorder its size and place; it reads them when the process group is made."""
+    folder = os.path.join(config.job.dump_folder, config.comm.save_traces_folder)
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(config.comm.trace_buf_size)
+    if config.comm.trace_buf_size:
+        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
+        prefix = os.path.join(folder, config.comm.save_traces_file_prefix)
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = prefix

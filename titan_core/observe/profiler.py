@@ -1,0 +1,77 @@
+"""Profiler traces and memory snapshots at chosen steps, on any device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from titan_core.config.schema import Config
+from titan_core.observe.memory import start_history, write_snapshot
+from titan_core.runtime.errors import ConfigError, Problem
+
+
+class Profiler:
+    """Writes a trace every `profile_freq` steps and a memory snapshot every `memory_snapshot_freq`.
+
+    Both go by the run's step, so a resumed run writes at the same steps.
+    """
+
+    def __init__(self, config: Config, rank: int, device: torch.device) -> None:
+        self.config = config.profiling
+        self.rank = rank
+        self.device = device
+        base = Path(config.job.dump_folder)
+        self._traces = base / self.config.save_traces_folder
+        self._snapshots = base / self.config.save_memory_snapshot_folder
+        self._running: torch.profiler.profile | None = None
+        recorded = self.config.profiler_active + self.config.profiler_warmup
+        if self.config.enable_profiling and recorded > self.config.profile_freq:
+            message = f"{recorded} steps of warmup and recording do not fit into {self.config.profile_freq}"
+            raise ConfigError([Problem("profiling.profile_freq", message, tip="raise profiling.profile_freq")])
+
+    def __enter__(self) -> Profiler:
+        if self.config.enable_memory_snapshot:
+            start_history(self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running is not None:
+            self._running.stop()
+            self._running = None
+
+    def after_step(self, step: int) -> None:
+        """Start, go on, or write, as the step demands."""
+        if self.config.enable_profiling:
+            self._trace(step)
+        freq = self.config.memory_snapshot_freq or self.config.profile_freq
+        if self.config.enable_memory_snapshot and step % freq == 0:
+            write_snapshot(self._snapshots / f"step_{step}", self.rank, self.device)
+
+    def _trace(self, step: int) -> None:
+        freq, active, warmup = self.config.profile_freq, self.config.profiler_active, self.config.profiler_warmup
+        position = step % freq
+        if self._running is None and position == (freq - active - warmup) % freq:
+            self._running = torch.profiler.profile(
+                activities=self._activities(),
+                schedule=torch.profiler.schedule(wait=0, warmup=warmup, active=active, repeat=1),
+                record_shapes=True,
+                on_trace_ready=lambda profile: self._write(profile, step + warmup + active),
+            )
+            self._running.start()
+        elif self._running is not None:
+            self._running.step()
+            if position == 0:
+                self._running.stop()
+                self._running = None
+
+    def _activities(self) -> list[torch.profiler.ProfilerActivity]:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        return activities
+
+    def _write(self, profile: torch.profiler.profile, step: int) -> None:
+        folder = self._traces / f"step_{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(folder / f"rank{self.rank}_trace.json"))
