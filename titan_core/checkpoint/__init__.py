@@ -1,4 +1,4 @@
-"""Checkpoints: DCP files that hold only tensors, JSON beside them, hashes over all, and a commit that is all or nothing."""
+"""Checkpoints: DCP files of tensors, JSON beside them, hashes over all, and a commit that is all or nothing."""
 
 from __future__ import annotations
 

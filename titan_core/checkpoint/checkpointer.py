@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -21,7 +20,7 @@ from titan_core.checkpoint.staging import Stage
 from titan_core.checkpoint.storage import MANIFEST, open_storage
 from titan_core.checkpoint.writer import Writer
 from titan_core.config import schema
-from titan_core.runtime.errors import CheckpointError
+from titan_core.runtime.errors import CheckpointError, RunFailed
 from titan_core.runtime.events import Listener, Saved, Warned, silent
 
 SHARED = "shared.json"
@@ -151,11 +150,11 @@ class Checkpointer:
             try:
                 shared, own = self._agreed(lambda c=candidate: self._load_one(c, tensors))
             except CheckpointError as error:
-                if step >= 0 or error.exit_code != 1:
+                if step >= 0:
                     raise
                 skipped.append((candidate, str(error)))
                 if self.rank == 0:
-                    self.listener(Warned(f"checkpoint step-{candidate} is damaged and is passed over: {error}"))
+                    self.listener(Warned(f"checkpoint step-{candidate} cannot be read and is passed over: {error}"))
                 continue
             self._protected = candidate
             return Loaded(candidate, self.path(candidate), shared, own, skipped)
@@ -288,20 +287,23 @@ class Checkpointer:
 
     def _agreed(self, work: Callable[[], Any]) -> Any:
         """Do something on every rank; if it fails on any, raise the same error on all. Rank 0's strings are shared."""
-        result, error = None, None
+        result, error, bug = None, None, None
         try:
             result = work()
         except CheckpointError as caught:
             error = caught
         except OSError as caught:
             error = _os_error(caught, self.storage.root)
-        except Exception as caught:  # whatever a storage library raises must reach every rank
-            error = CheckpointError(f"{type(caught).__name__}: {caught}", where=self.storage.root)
+        except Exception as caught:  # a bug here must not leave the other ranks waiting
+            bug = caught
+            error = RunFailed(f"rank {self.rank} failed: {type(caught).__name__}: {caught}")
         if self.size > 1:
             outcomes = self._gather((error, result if isinstance(result, str) else None))
             error = next((e for e, _ in outcomes if e is not None), None)
             if isinstance(result, str):
                 result = outcomes[0][1]
+        if bug is not None:
+            raise bug
         if error is not None:
             raise error
         return result

@@ -1,1 +1,1 @@
-
+"""The schema, loading, checks and recipes. No torch."""

@@ -1,1 +1,1 @@
-
+"""Text as batches, with a position that outlives the ranks."""

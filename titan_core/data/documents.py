@@ -65,7 +65,7 @@ class StreamedDocuments:
         self.infinite = infinite
         self._waiting: dict[int, str] = {}
         self._starts: list[dict[str, Any]] = [{"number": 0, "epoch": 0, "library": None}]
-        self._reader: Iterator[tuple[str, Any]] | None = None
+        self._reader: Iterator[str] | None = None
         self._ended = False
 
     def text(self, number: int) -> str | None:
@@ -97,8 +97,7 @@ class StreamedDocuments:
         if self._reader is None:
             self._reader = self.source.read(copy.deepcopy(start["library"]))
         texts: list[str] = []
-        stream = None
-        for text, stream in self._reader:
+        for text in self._reader:
             texts.append(text)
             if len(texts) == self.window:
                 break
@@ -109,8 +108,8 @@ class StreamedDocuments:
                 key = f"{self.seed}/{epoch}/{number}"
                 index = permute(position, len(texts), key) if self.shuffle else position
                 self._waiting[number + position] = texts[index]
-        if len(texts) == self.window and stream is not None:
-            library = copy.deepcopy(stream.state_dict())
+        if len(texts) == self.window:
+            library = copy.deepcopy(self.source.state())
             self._starts.append({"number": number + len(texts), "epoch": epoch, "library": library})
         else:
             self._reader = None

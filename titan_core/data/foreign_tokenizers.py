@@ -59,7 +59,7 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         parts = line.split()
         if len(parts) != 2 or not parts[1].isdigit():
-            raise DataError(f"not a `token rank` line", where=f"{file}:{number}")
+            raise DataError("not a `token rank` line", where=f"{file}:{number}")
         ranks[base64.b64decode(parts[0])] = int(parts[1])
     letters = _byte_letters()
     spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731

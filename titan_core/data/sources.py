@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import glob
 import hashlib
@@ -86,34 +87,26 @@ class Table:
 
 
 class Stream:
-    """A column of a `datasets` stream, read in order, with a state that goes on exactly where it was taken."""
+    """A column of a `datasets` stream, read in order, with a state that goes on exactly where it was taken.
+
+    The library's own shuffle buffer is not used: it loses its rows on a resume.
+    """
 
     def __init__(self, stream: Any, column: str, fingerprint: str) -> None:
         self._stream = stream
         self._column = column
+        self._beginning = copy.deepcopy(stream.state_dict())
         self.fingerprint = fingerprint
 
-    def read(self, state: Any) -> Iterator[tuple[str, Any]]:
-        """Yield (text, state after it) of one epoch from a state, None for its beginning.
+    def read(self, state: Any) -> Iterator[str]:
+        """Yield the texts of one epoch from a state on, None for its beginning."""
+        self._stream.load_state_dict(copy.deepcopy(self._beginning if state is None else state))
+        for row in self._stream:
+            yield row[self._column] or ""
 
-        The library's own shuffle buffer is not used: it loses its rows on a resume.
-        """
-        stream = self._stream
-        if state is not None:
-            stream.load_state_dict(state)
-        else:
-            stream = self._stream = self._fresh()
-        for row in stream:
-            yield row[self._column] or "", stream
-
-    def _fresh(self) -> Any:
-        import copy
-
-        if not hasattr(self, "_start"):
-            self._start = self._stream.state_dict()
-        fresh = copy.copy(self._stream)
-        fresh.load_state_dict(copy.deepcopy(self._start))
-        return fresh
+    def state(self) -> Any:
+        """Return the state after the text that was yielded last."""
+        return self._stream.state_dict()
 
 
 Source = IndexedSource | Stream

@@ -203,7 +203,7 @@ def _train() -> tokenizers.Tokenizer:
 
 
 def cache_folder() -> Path:
-    """Return the folder where titan keeps what it can make again: $TITAN_CACHE, $XDG_CACHE_HOME/titan, ~/.cache/titan."""
+    """Return where titan keeps what it can make again: $TITAN_CACHE, $XDG_CACHE_HOME/titan or ~/.cache/titan."""
     if "TITAN_CACHE" in os.environ:
         return Path(os.environ["TITAN_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan"

@@ -1,1 +1,1 @@
-
+"""The words in which families describe themselves and engines read them. No torch."""

@@ -1,1 +1,1 @@
-
+"""FLOPs, memory and time, in plain Python."""

@@ -1,1 +1,1 @@
-
+"""Decoding with caches and samplers."""

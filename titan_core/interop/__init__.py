@@ -1,1 +1,1 @@
-
+"""Foreign weights."""

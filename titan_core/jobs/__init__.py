@@ -1,1 +1,1 @@
-
+"""One function a command: config in, result out."""

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from titan_core.checkpoint import Checkpointer, find_step, load_tensors, read_shared
 from titan_core.config.load import Resolved, from_dict, to_dict
@@ -16,7 +15,7 @@ from titan_core.config.schema import Config
 from titan_core.observe.loggers import JsonLines, Logger, open_loggers
 from titan_core.runtime import distributed
 from titan_core.runtime.distributed import World
-from titan_core.runtime.errors import ConfigError, Problem, RunFailed
+from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Event, Listener, Note, Planned, Warned, silent
 from titan_core.training import resume as resuming
 from titan_core.training import state
@@ -59,9 +58,7 @@ def run(
     began = time.perf_counter()
     resuming.check_allowed(allow_change)
     _prepare_flight_recorder(config)
-    world = distributed.start(
-        config.comm.init_timeout_seconds, always_group=config.training.enable_cpu_offload
-    )
+    world = distributed.start(config.comm.init_timeout_seconds, always_group=config.training.enable_cpu_offload)
     loggers: list[Logger] = []
     parts: Parts | None = None
     try:

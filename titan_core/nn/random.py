@@ -30,7 +30,7 @@ def fill_normal(
     std: float,
     cut: float | None = None,
 ) -> None:
-    """Fill `out`, the block of a tensor of `full_shape` that begins at `offset`, with normal numbers of deviation `std`.
+    """Fill `out`, the block at `offset` of a tensor of `full_shape`, with normal numbers of deviation `std`.
 
     `cut` redraws nothing: it maps uniform numbers to the normal distribution truncated at that many deviations.
     """

@@ -1,1 +1,1 @@
-
+"""Metrics, loggers, profiler, memory."""

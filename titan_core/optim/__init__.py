@@ -1,1 +1,1 @@
-
+"""Optimizers, groups, schedules."""

@@ -1,1 +1,1 @@
-
+"""One engine that lays models over a mesh."""

@@ -1,1 +1,1 @@
-
+"""Low-precision matmuls."""

@@ -1,1 +1,1 @@
-
+"""Devices, process groups, seeds, errors, events."""

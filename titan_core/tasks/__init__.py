@@ -1,1 +1,1 @@
-
+"""What one step computes."""

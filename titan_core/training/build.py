@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,5 +136,3 @@ def _check_vocabulary(tokenizer: Tokenizer, sizes: Any) -> None:
                 )
             ]
         )
-
-

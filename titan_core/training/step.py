@@ -57,7 +57,7 @@ def _agree(loss_sum: Tensor, weight: Tensor, norm: Tensor, parts: Parts) -> Outc
     everyone = mine[None]
     if parts.mesh.layout.dp > 1:
         everyone = mine.new_empty(parts.mesh.layout.dp, 3)
-        dist.all_gather_into_tensor(everyone, mine)
+        dist.all_gather(list(everyone.unbind()), mine)
     sums, weights, norms = everyone.double().cpu().unbind(1)
     means = sums / weights.clamp(min=1)
     loss = (sums.sum() / weights.sum().clamp(min=1)).item()

@@ -247,9 +247,7 @@ class Trainer:
         )
 
 
-def restore_newest(
-    trainer: Trainer, checkpoint: Checkpoint, step: int, listener: Listener
-) -> bool:
+def restore_newest(trainer: Trainer, checkpoint: Checkpoint, step: int, listener: Listener) -> bool:
     """Resume from the run's own newest complete checkpoint (or from `step`); return whether there was one."""
     parts, checkpointer = trainer.parts, trainer.checkpointer
     if checkpointer is None:

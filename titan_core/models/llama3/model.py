@@ -1,7 +1,7 @@
 """Llama 3 (Dubey et al. 2024): a pre-norm decoder with grouped-query attention, rotary positions and SwiGLU.
 
-Shape letters: B batch, T tokens, S cached and new tokens, D model width, H query heads, K key/value heads, C head width,
-V vocabulary.
+Shape letters: B batch, T tokens, S cached and new tokens, D model width, H query heads, K key/value heads,
+C head width, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,0 +1,164 @@
+"""Rules across sections, in plain Python: everything that can be known to be wrong before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from titan_core.config.fields import get
+from titan_core.config.load import Resolved, toml_value
+from titan_core.config.schema import Config
+from titan_core.runtime.errors import Problem
+
+# What this version does not do yet: key -> the only values that it accepts. A feature that arrives removes its line.
+NOT_YET: dict[str, tuple[Any, ...]] = {
+    "parallelism.tensor_parallel_degree": (1,),
+    "parallelism.context_parallel_degree": (1,),
+    "parallelism.pipeline_parallel_degree": (1,),
+    "parallelism.expert_parallel_degree": (1,),
+    "parallelism.expert_tensor_parallel_degree": (1,),
+    "parallelism.enable_async_tensor_parallel": (False,),
+    "parallelism.enable_compiled_autograd": (False,),
+    "parallelism.module_fqns_per_model_part": (None,),
+    "parallelism.pipeline_parallel_layers_per_stage": (None,),
+    "model.converters": ([],),
+    "optimizer.early_step_in_backward": (False,),
+    "job.custom_config_module": ("",),
+    "experimental.custom_args_module": ("",),
+    "checkpoint.initial_load_in_hf": (False,),
+    "checkpoint.initial_load_in_hf_quantized": (False,),
+    "checkpoint.last_save_in_hf": (False,),
+    "memory_estimation.enable": (False,),
+    "fault_tolerance.enable": (False,),
+    "fault_tolerance.semi_sync_method": (None,),
+    "quantize.linear.float8.recipe_name": (None,),
+    "quantize.linear.float8.enable_fsdp_float8_all_gather": (False,),
+    "quantize.grouped_mm.float8.fqns": ([],),
+    "quantize.grouped_mm.mx.fqns": ([],),
+    "training.debug_moe_force_load_balance": (False,),
+}
+
+
+def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
+    """Return every problem of a config, for a number of ranks where that is known."""
+    config = resolved.config
+    problems = [*_not_yet(config), *_batch(config), *_schedule(config), *_memory(config), *_files(config)]
+    if world_size is not None:
+        problems += _layout(config, world_size)
+    return [_placed(problem, resolved) for problem in problems]
+
+
+def _not_yet(config: Config) -> Iterator[Problem]:
+    found = [(key, get(config, key)) for key, accepted in NOT_YET.items() if get(config, key) not in accepted]
+    if found:
+        names = ", ".join(f"{key} = {toml_value(value)}" for key, value in found)
+        yield Problem(found[0][0], f"not supported in this version: {names}", tip="leave these keys out")
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    training = config.training
+    if training.global_batch_size == 0 or training.global_batch_size < -1:
+        message = f"`training.global_batch_size` cannot be {training.global_batch_size}"
+        yield Problem("training.global_batch_size", message, tip="a positive number, or -1 for one microbatch a rank")
+    elif 0 < training.global_batch_size < training.local_batch_size:
+        yield Problem(
+            "training.global_batch_size",
+            f"training.global_batch_size {training.global_batch_size} is smaller than "
+            f"training.local_batch_size {training.local_batch_size}",
+            tip="lower training.local_batch_size",
+        )
+    if config.validation.steps == 0 or config.validation.steps < -1:
+        message = f"`validation.steps` cannot be {config.validation.steps}"
+        yield Problem("validation.steps", message, tip="a positive number of batches, or -1 for all")
+
+
+def _schedule(config: Config) -> Iterator[Problem]:
+    training, schedule = config.training, config.lr_scheduler
+    if schedule.decay_ratio is not None and schedule.warmup_steps < training.steps:
+        decay = round(training.steps * schedule.decay_ratio)
+        if schedule.warmup_steps + decay > training.steps + 1:
+            yield Problem(
+                "lr_scheduler.decay_ratio",
+                f"{schedule.warmup_steps} warmup steps and {decay} of decay do not fit into {training.steps} steps",
+                tip="lower lr_scheduler.warmup_steps or lr_scheduler.decay_ratio, or raise training.steps",
+            )
+    roles = {"embedding", "hidden", "output", "norm", "bias", "expert", "router"}
+    for role in config.optimizer.no_decay_roles:
+        if role not in roles:
+            yield Problem(
+                "optimizer.no_decay_roles", f"no parameter role `{role}`", tip="one of " + ", ".join(sorted(roles))
+            )
+
+
+def _memory(config: Config) -> Iterator[Problem]:
+    recompute = config.activation_checkpoint
+    if recompute.mode == "memory_budget" and not config.compile.enable:
+        message = "`activation_checkpoint.mode` memory_budget is the compiler's, and `compile.enable` is off"
+        yield Problem("activation_checkpoint.mode", message, tip="set compile.enable, or use `selective`")
+    option = recompute.selective_ac_option
+    if option != "op" and not (option.isdigit() and int(option) > 0):
+        message = f"`activation_checkpoint.selective_ac_option` cannot be `{option}`"
+        tip = "`op`, or a number n to recompute every n-th block"
+        yield Problem("activation_checkpoint.selective_ac_option", message, tip=tip)
+    parallel = config.parallelism
+    replicated_only = parallel.data_parallel_replicate_degree > 1 and parallel.data_parallel_shard_degree == 1
+    if config.training.enable_cpu_offload and replicated_only:
+        message = "host offload is FSDP's, and `parallelism.data_parallel_shard_degree` is 1 (DDP)"
+        yield Problem("training.enable_cpu_offload", message, tip="set data_parallel_shard_degree to -1")
+
+
+def _files(config: Config) -> Iterator[Problem]:
+    if config.experimental.custom_import:
+        import importlib.util
+
+        try:
+            found = importlib.util.find_spec(config.experimental.custom_import)
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            message = f"no Python module `{config.experimental.custom_import}`"
+            yield Problem("experimental.custom_import", message, tip="is it installed, or in the working folder?")
+    if config.profiling.enable_profiling:
+        needed = config.profiling.profiler_active + config.profiling.profiler_warmup
+        if needed > config.profiling.profile_freq:
+            message = f"profiler_warmup + profiler_active = {needed} steps do not fit into profile_freq"
+            yield Problem("profiling.profile_freq", message, tip=f"raise profiling.profile_freq to {needed} or more")
+
+
+def _layout(config: Config, world_size: int) -> Iterator[Problem]:
+    """Do the degrees multiply to the number of ranks, and does the batch divide over them?"""
+    parallel = config.parallelism
+    replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
+    fixed = replicate * (1 if shard == -1 else shard)
+    if shard == 0 or world_size % fixed or (shard != -1 and fixed != world_size):
+        near = sorted(
+            ((r, world_size // r) for r in range(1, world_size + 1) if world_size % r == 0),
+            key=lambda pair: abs(pair[0] - replicate),
+        )
+        tries = " or ".join(f"replicate {r} x shard {s}" for r, s in near[:2])
+        yield Problem(
+            "parallelism.data_parallel_shard_degree",
+            f"{world_size} ranks cannot be parallelism.data_parallel_replicate_degree {replicate} x "
+            f"data_parallel_shard_degree {shard}",
+            tip=f"try {tries}",
+        )
+        return
+    unit = config.training.local_batch_size * world_size
+    rows = config.training.global_batch_size
+    if rows > 0 and rows % unit:
+        below, above = rows // unit * unit, -(-rows // unit) * unit
+        nearest = f"{below} or {above}" if below else str(above)
+        yield Problem(
+            "training.global_batch_size",
+            f"training.global_batch_size {rows} does not divide into training.local_batch_size "
+            f"{config.training.local_batch_size} x {world_size} data-parallel ranks",
+            tip=f"try {nearest}, or another training.local_batch_size",
+        )
+
+
+def _placed(problem: Problem, resolved: Resolved) -> Problem:
+    """Say where the key was set."""
+    source = resolved.sources.get(problem.key)
+    if problem.where is not None or source is None:
+        return problem
+    return Problem(problem.key, problem.message, source.where, problem.tip)
