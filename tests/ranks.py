@@ -1,0 +1,95 @@
+"""Runs a function on several ranks, forked from this process, which has torch loaded: a quarter second for two ranks.
+
+Forking is right here because the parent runs one thread (OMP_NUM_THREADS=1, see conftest.py); every call forks anew, as
+a pool that saw one rank fail never makes a process group again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # these are loaded once here instead of once a rank
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not end in time."""
+
+
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60) -> list[Any]:
+    """Return what `function(*args)` returned on each of `size` ranks, with gloo between them.
+
+    The ranks find RANK, WORLD_SIZE and the rest in their environment. Raises `RankFailed` with the first traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pids = [_fork(function, args, rank, size, Path(folder), timeout) for rank in range(size)]
+        _wait(pids, timeout)
+        return [_result(Path(folder), rank) for rank in range(size)]
+
+
+def _fork(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, folder: Path, timeout: float
+) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        torch.set_num_threads(1)
+        store = dist.FileStore(str(folder / "store"), size)
+        limit = timedelta(seconds=min(timeout, 30))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        outcome = ("ok", function(*args))
+        code = 0
+    except BaseException:  # the traceback is the result
+        outcome = ("failed", traceback.format_exc())
+    (folder / f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
+    os._exit(code)
+
+
+def _wait(pids: list[int], timeout: float) -> None:
+    """Wait for all; the first failure leaves the others five seconds, then they are killed."""
+    deadline = time.monotonic() + timeout
+    left = set(pids)
+    while left and time.monotonic() < deadline:
+        for pid in list(left):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                left.discard(pid)
+                if status:
+                    deadline = min(deadline, time.monotonic() + 5)
+        time.sleep(0.005)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def _result(folder: Path, rank: int) -> Any:
+    failures = []
+    for path in sorted(folder.glob("*.pkl"), key=lambda p: p.stat().st_mtime_ns):
+        kind, value = pickle.loads(path.read_bytes())
+        if kind == "failed":
+            failures.append(f"rank {path.stem}:\n{value}")
+    if failures:
+        raise RankFailed(failures[0])
+    path = folder / f"{rank}.pkl"
+    if not path.exists():
+        raise RankFailed(f"rank {rank} died or did not end in time")
+    return pickle.loads(path.read_bytes())[1]
