@@ -9,8 +9,8 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

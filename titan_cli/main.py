@@ -23,7 +23,9 @@ EVENT_FD = "TITAN_EVENT_FD"  # set in the environment of a rank that `titan_cli.
 # name -> (module, one line of help). The module holds a Typer `app`, and is imported when its command is used.
 COMMANDS = {
     "train": ("titan_cli.commands.train", "Train or resume a model"),
+    "validate": ("titan_cli.commands.validate", "Check a config, checkpoint or data; measure loss"),
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
+    "generate": ("titan_cli.commands.generate", "Generate text with a trained model"),
 }
 
 EPILOG = """\b

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -178,9 +180,18 @@ def read_into(
     _check_names(reader, tensors)
     alone = not (dist.is_available() and dist.is_initialized())
     try:
-        dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
+        with quiet_dcp():
+            dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
     except dcp.api.CheckpointException as error:
         raise _first_cause(error, f"{storage.root}/{step_path}") from None
+
+
+@contextlib.contextmanager
+def quiet_dcp() -> Iterator[None]:
+    """Keep DCP from warning that one process is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _check_names(reader: Reader, tensors: Mapping[str, torch.Tensor]) -> None:

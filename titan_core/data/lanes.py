@@ -1,8 +1,8 @@
 """Lanes: how rows are numbered, so that a position means the same on any number of ranks.
 
-A run has a fixed number L of lanes. Lane j reads documents j, j + L, j + 2L, ... of the run's sequence and packs rows
-of its own; row r of the run is the next row of lane r mod L. A rank computes some of the rows of every step, so it reads
-some of the lanes; a lane's position is two numbers.
+A run has a fixed number L of lanes. Lane j reads documents j, j + L, j + 2L, ... of the run's sequence and packs them
+into rows; row r of the run is the next row of lane r mod L. A rank computes some of the rows of every step, so it
+reads some of the lanes; a lane's position is two numbers.
 """
 
 from __future__ import annotations
