@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from titan_core.checkpoint.manifest import Manifest, read_checked, read_manifest
-from titan_core.checkpoint.reader import read_into
+from titan_core.checkpoint.reader import quiet_dcp, read_into
 from titan_core.checkpoint.retention import to_remove
 from titan_core.checkpoint.staging import Stage
 from titan_core.checkpoint.storage import MANIFEST, open_storage
@@ -214,12 +214,8 @@ class Checkpointer:
 
     def _write_tensors(self, writer: Writer, tensors: dict[str, Tensor]) -> None:
         try:
-            dcp.save(
-                dict(tensors),
-                storage_writer=writer,
-                process_group=self._group,
-                no_dist=self.size == 1,
-            )
+            with quiet_dcp():
+                dcp.save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self.size == 1)
         except dcp.api.CheckpointException as error:
             rank, (cause, _) = min(error.failures.items())
             if isinstance(cause, OSError):

@@ -30,10 +30,10 @@ class Stage:
 
     def _copy_from_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy on a stream of its own, behind all that was queued before."""
-        self._stream = self._stream or torch.cuda.Stream()
-        with torch.cuda.stream(self._stream):
+        stream = self._own_stream()
+        with torch.cuda.stream(stream):
             copies = {name: self._copy_one(name, tensor) for name, tensor in tensors.items()}
-        self._stream.synchronize()
+        stream.synchronize()
         return copies
 
     def fence(self) -> torch.cuda.Event | None:
@@ -47,8 +47,12 @@ class Stage:
     def wait(self, fence: torch.cuda.Event | None) -> None:
         """Make the copies that follow wait for a fence."""
         if fence is not None:
-            self._stream = self._stream or torch.cuda.Stream()
-            self._stream.wait_event(fence)
+            self._own_stream().wait_event(fence)
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
 
     def _copy_one(self, name: str, tensor: Tensor) -> Tensor:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -7,11 +7,13 @@ renames nothing and keeps what a dying writer left, so there it is the manifest,
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from titan_core.runtime.errors import CheckpointError, missing_extra
 
@@ -45,7 +47,7 @@ class Storage(Protocol):
         """Return the path of a committed step."""
         ...
 
-    def open(self, path: str, mode: str) -> IO[bytes]:
+    def open(self, path: str, mode: str) -> Any:
         """Open a file; folders are made as needed."""
         ...
 
@@ -99,13 +101,13 @@ class LocalStorage:
         """Return the folder's name."""
         return f"step-{step}"
 
-    def open(self, path: str, mode: str) -> IO[bytes]:
+    def open(self, path: str, mode: str) -> Any:
         """Open a file; what is written is on the disk when it is closed."""
         full = Path(self.root) / path
         if "w" in mode:
             full.parent.mkdir(parents=True, exist_ok=True)
-            return _Synced(full)
-        return full.open(mode)  # pyright: ignore[reportReturnType]
+            return io.BufferedWriter(_Synced(full, "wb"))
+        return full.open("rb")
 
     def remove(self, step: int) -> None:
         """Hide the folder with one rename, then remove it: a half-removed step is never seen."""
@@ -173,7 +175,7 @@ class RemoteStorage:
         """Return the step's prefix."""
         return f"step-{step}"
 
-    def open(self, path: str, mode: str) -> IO[bytes]:
+    def open(self, path: str, mode: str) -> Any:
         """Open an object."""
         full = f"{self._base}/{path}"
         if "w" in mode:
@@ -202,31 +204,14 @@ def open_storage(place: str) -> Storage:
     return RemoteStorage(place) if "://" in place else LocalStorage(place)
 
 
-class _Synced:
-    """A binary file that is on the disk, not in a cache, when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-
-    def write(self, data: Any) -> int:
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
+class _Synced(io.FileIO):
+    """A file that is on the disk, not in a cache, when it is closed."""
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        """Sync, then close; after an error the file is abandoned as it is."""
+        if not self.closed and sys.exc_info()[0] is None:
+            os.fsync(self.fileno())
+        super().close()
 
 
 def _sync_folder(folder: Path) -> None:

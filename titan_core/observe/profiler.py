@@ -52,13 +52,14 @@ class Profiler:
         freq, active, warmup = self.config.profile_freq, self.config.profiler_active, self.config.profiler_warmup
         position = step % freq
         if self._running is None and position == (freq - active - warmup) % freq:
-            self._running = torch.profiler.profile(
+            running = torch.profiler.profile(
                 activities=self._activities(),
                 schedule=torch.profiler.schedule(wait=0, warmup=warmup, active=active, repeat=1),
                 record_shapes=True,
                 on_trace_ready=lambda profile: self._write(profile, step + warmup + active),
             )
-            self._running.start()
+            running.start()
+            self._running = running
         elif self._running is not None:
             self._running.step()
             if position == 0:

@@ -7,6 +7,7 @@ sentence and never as a traceback. `assert` is for our own invariants only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 class TitanError(Exception):
@@ -25,7 +26,7 @@ class TitanError(Exception):
         tip = f"; {self.tip}" if self.tip else ""
         return f"{self.message}{where}{tip}"
 
-    def __reduce__(self):  # keeps `where` and `tip` when an error crosses a process boundary
+    def __reduce__(self) -> Any:  # keeps `where` and `tip` when an error crosses a process boundary
         return _rebuild, (type(self), self.message, self.where, self.tip)
 
 
@@ -90,7 +91,7 @@ class ConfigError(UsageError):
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         super().__init__(first.message + more, where=first.where, tip=first.tip)
 
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return ConfigError, (self.problems,)
 
 

@@ -13,9 +13,20 @@ from titan_core.nn.loss import linear_cross_entropy
 class TokenBatch(Protocol):
     """Rows of tokens with what should follow them: (B, T) each, labels -100 where nothing counts."""
 
-    tokens: Tensor
-    labels: Tensor
-    documents: Tensor
+    @property
+    def tokens(self) -> Tensor:
+        """Inputs."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """What should follow each input."""
+        ...
+
+    @property
+    def documents(self) -> Tensor:
+        """Number of the document that each input belongs to."""
+        ...
 
 
 class CausalLM(nn.Module):

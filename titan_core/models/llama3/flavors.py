@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -40,18 +40,11 @@ class LlamaSizes:
         return self.dim // self.n_heads
 
 
-_DEBUG = {
-    "dim": 256,
-    "n_layers": 6,
-    "n_heads": 16,
-    "n_kv_heads": 16,
-    "ffn_dim": 768,
-    "vocab_size": 2048,
-}
+_DEBUG = LlamaSizes(dim=256, n_layers=6, n_heads=16, n_kv_heads=16, ffn_dim=768, vocab_size=2048)
 
 FLAVORS = {
-    "debugmodel": LlamaSizes(**_DEBUG),
-    "debugmodel_flex_attn": LlamaSizes(**_DEBUG, attention_mask="block_causal"),
+    "debugmodel": _DEBUG,
+    "debugmodel_flex_attn": replace(_DEBUG, attention_mask="block_causal"),
     "1B": LlamaSizes(
         dim=2048,
         n_layers=16,

@@ -17,7 +17,7 @@ from titan_core.nn.attention import CAUSAL, Mask, attention
 from titan_core.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
 
 if TYPE_CHECKING:
-    from titan_core.nn.kv_cache import KVCache
+    from titan_core.nn.kv_cache import KVCache, LayerCache
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.feed_forward = SwiGLU(sizes.dim, sizes.ffn_dim)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache)
         return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
@@ -89,7 +89,7 @@ class GroupedQueryAttention(nn.Module):
         self.wv = Linear(sizes.dim, sizes.n_kv_heads * sizes.head_dim)
         self.wo = Linear(sizes.n_heads * sizes.head_dim, sizes.dim)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         q_BTHC = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
