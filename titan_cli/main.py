@@ -18,6 +18,7 @@ from titan_cli import overrides
 from titan_cli.output import Output
 from titan_core.runtime.errors import Interrupted, TitanError
 
+COMPLETE = "_TITAN_COMPLETE"  # set by a shell's completion script
 EVENT_FD = "TITAN_EVENT_FD"  # set in the environment of a rank that `titan_cli.launch` started
 
 # name -> (module, one line of help). The module holds a Typer `app`, and is imported when its command is used.
@@ -26,6 +27,8 @@ COMMANDS = {
     "validate": ("titan_cli.commands.validate", "Check a config, checkpoint or data; measure loss"),
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
     "generate": ("titan_cli.commands.generate", "Generate text with a trained model"),
+    "doctor": ("titan_cli.commands.doctor", "Is this machine ready?"),
+    "completions": ("titan_cli.commands.completions", "Complete words in bash, zsh and fish"),
 }
 
 EPILOG = """\b
@@ -47,7 +50,7 @@ class LazyGroup(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         target, help_text = COMMANDS[cmd_name]
-        if cmd_name in sys.argv[1:] or os.environ.get("_TITAN_COMPLETE"):
+        if cmd_name in sys.argv[1:] or (ctx is not None and cmd_name in ctx.args):
             command = typer.main.get_command(importlib.import_module(target).app)
             command.name = cmd_name
             command.help = command.help or help_text
@@ -59,7 +62,7 @@ app = typer.Typer(
     cls=LazyGroup,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=True,
+    add_completion=False,
     no_args_is_help=False,
     invoke_without_command=True,
     epilog=EPILOG,
@@ -86,6 +89,11 @@ def _root(
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = sys.argv[1:] if argv is None else argv
+    if COMPLETE in os.environ:
+        from titan_cli.complete import answer
+
+        print(answer(words, typer.main.get_command(app)))
+        return
     sys.exit(run(words))
 
 

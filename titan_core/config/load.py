@@ -291,19 +291,20 @@ def _unknown(key: str, where: str) -> Problem:
 
 
 def _mismatch(known: Field, value: Any, source: Source, error: Exception) -> Problem:
-    choices = _choices(known.type)
+    allowed = choices(known.type)
     tip = _expects(known)
-    if choices and isinstance(value, str):
+    if allowed and isinstance(value, str):
         import difflib
 
-        near = difflib.get_close_matches(value, [str(c) for c in choices], n=1, cutoff=0.5)
+        near = difflib.get_close_matches(value, [str(c) for c in allowed], n=1, cutoff=0.5)
         if near:
             tip = f"did you mean `{near[0]}`? ({tip})"
-    detail = "" if choices else f": {str(error)[:1].lower()}{str(error)[1:]}"
+    detail = "" if allowed else f": {str(error)[:1].lower()}{str(error)[1:]}"
     return Problem(known.key, f"`{known.key}` cannot be `{value}`{detail}", source.where, tip)
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def choices(hint: Any) -> tuple[Any, ...]:
+    """Return the values that a type allows, if it lists them."""
     plain, _ = _strip(hint)
     if typing.get_origin(plain) is list:
         plain = typing.get_args(plain)[0]
@@ -311,18 +312,18 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _expects(known: Field) -> str:
-    choices = _choices(known.type)
-    if choices:
-        return "one of " + ", ".join(str(choice) for choice in choices)
+    allowed = choices(known.type)
+    if allowed:
+        return "one of " + ", ".join(str(choice) for choice in allowed)
     return f"expects {type_name(known.type)}, e.g. `{toml_value(known.default)}`"
 
 
 def type_name(hint: Any) -> str:
     """Return a type in words that a user of TOML knows."""
-    choices = _choices(hint)
+    allowed = choices(hint)
     plain, optional = _strip(hint)
-    if choices:
-        name = " | ".join(str(choice) for choice in choices)
+    if allowed:
+        name = " | ".join(str(choice) for choice in allowed)
     elif typing.get_origin(plain) is list:
         name = f"list of {type_name(typing.get_args(plain)[0])}"
     elif typing.get_origin(plain) is dict:

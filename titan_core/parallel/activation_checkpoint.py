@@ -86,7 +86,8 @@ def _contexts(forced: set[torch.Size]) -> Any:
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in MATMUL_OPS:
-            weight: torch.Tensor = args[1]
+            weight = args[1]
+            assert weight is not None
             right = weight.shape if op is _aten.mm.default else torch.Size(reversed(weight.shape))
             if right in forced:
                 return CheckpointPolicy.PREFER_RECOMPUTE
