@@ -25,6 +25,7 @@ TINY = {
     "training.mixed_precision_param": "float32",
     "training.steps": "6",
     "lr_scheduler.warmup_steps": "2",
+    "metrics.log_freq": "1",
     "checkpoint.enable": "false",
     "optimizer.lr": "1e-2",
 }

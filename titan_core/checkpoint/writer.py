@@ -89,7 +89,12 @@ class Writer(StorageWriter):
         tensor = tensor.detach()
         if tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.cpu().clone()  # torch.save would store the whole storage of a view
-        torch.save(tensor, file)
+        try:
+            torch.save(tensor, file)
+        except RuntimeError:
+            if file.error is not None:  # torch reports a failed write as a broken archive
+                raise file.error from None
+            raise
         offset, length, digest = file.end_piece()
         self.pieces.setdefault(self.file_name, []).append((offset, length, digest))
         return WriteResult(
@@ -105,6 +110,7 @@ class _HashingFile(io.RawIOBase):
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._position = 0
+        self.error: OSError | None = None
         self.start_piece()
 
     def start_piece(self) -> None:
@@ -116,7 +122,11 @@ class _HashingFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.error = error
+            raise
         self._hash.update(view)
         self._position += len(view)
         return len(view)
