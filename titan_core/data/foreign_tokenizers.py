@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from titan_core.runtime.errors import DataError, missing_extra
 
@@ -96,15 +96,27 @@ def from_sentencepiece(file: Path) -> tokenizers.Tokenizer:
     else:
         model = _sentencepiece_bpe(pieces, unknown, fallback)
     backend = tokenizers.Tokenizer(model)
-    prefix = "first" if proto.normalizer_spec.add_dummy_prefix else "never"
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+    prefix = bool(proto.normalizer_spec.add_dummy_prefix)
+    backend.normalizer = _normalizer(proto.normalizer_spec)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        + ([decoders.Strip(" ", 1, 0)] if prefix == "first" else [])
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
     )
     control = [p.piece for p in proto.pieces if p.type == 3]
     backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in control])
     return backend
+
+
+def _normalizer(spec: Any) -> tokenizers.normalizers.Normalizer:
+    """Rebuild what a SentencePiece model does to text first: its character map, white space, the leading mark."""
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("\u2581"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
 
 
 def _sentencepiece_bpe(pieces: list[tuple[str, float]], unknown: int, fallback: bool) -> tokenizers.models.Model:

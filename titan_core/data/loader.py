@@ -24,7 +24,7 @@ from titan_core.data.lanes import (
     positions_to_json,
 )
 from titan_core.data.tokenizer import Tokenizer
-from titan_core.data.workers import read_with_workers
+from titan_core.data.workers import Workers
 from titan_core.runtime.errors import DataError
 
 _MODULUS = 1 << 64
@@ -96,6 +96,7 @@ class BatchLoader:
         self._stream_state: dict[str, Any] = {}
         self._microbatch = 0
         self._producer: _Producer | None = None
+        self._workers: Workers | None = None
 
     @property
     def microbatches(self) -> int:
@@ -108,7 +109,8 @@ class BatchLoader:
     def __next__(self) -> Batch:
         """Return the next microbatch; waits for it, and counts the wait."""
         if self._producer is None:
-            self._producer = _Producer(self._produce(), self.data.prefetch)
+            self._start()
+        assert self._producer is not None
         began = time.perf_counter()
         rows, stream_state = self._producer.get()
         self.wait_seconds += time.perf_counter() - began
@@ -168,12 +170,16 @@ class BatchLoader:
         if self._producer is not None:
             self._producer.close()
             self._producer = None
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
-    def _produce(self) -> Iterator[tuple[list[NumberedRow], dict[str, Any]]]:
+    def _start(self) -> None:
         if self.data.num_workers:
-            yield from read_with_workers(self)
+            self._workers = Workers(self.read, self.local_batch_size, self.data.num_workers, self.data.prefetch)
+            self._producer = _Producer(iter(self._workers), self.data.prefetch)
         else:
-            yield from self.read(range(self.local_batch_size))
+            self._producer = _Producer(self.read(range(self.local_batch_size)), self.data.prefetch)
 
     def read(self, slots: range) -> Iterator[tuple[list[NumberedRow], dict[str, Any]]]:
         """Yield some slots of every microbatch, from the current position on, and the stream's state after each."""
@@ -269,8 +275,6 @@ class _Producer:
                     break
         except Exception as error:  # handed to the consumer, which raises it
             self._put(error)
-        finally:
-            source.close()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _put(self, item: Any) -> bool:
         while not self._stop.is_set():

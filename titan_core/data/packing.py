@@ -43,13 +43,25 @@ class Lane:
 
     def next_row(self) -> Row | None:
         """Return the next row, or None at the end of a finite stream (a last, partly filled row is padded)."""
+        while True:
+            pieces, room, position, ended = self._collect()
+            if pieces and room < self.seq_len:
+                break
+            self.cursor = position  # one token alone predicts nothing
+            if ended:
+                return None
+        self.cursor = self._step_back(position) if room == 0 else position
+        return self._row(pieces)
+
+    def _collect(self) -> tuple[list[np.ndarray], int, Cursor, bool]:
+        """Return the pieces of the next row, the room they leave, where they end, and whether the stream ends there."""
         pieces: list[np.ndarray] = []
         room = self.seq_len + 1
         position = Cursor(self.cursor.documents, self.cursor.offset)
         while room > 0:
             document = self.read(position.documents)
             if document is None:
-                break
+                return pieces, room, position, True
             rest = document[position.offset :]
             if self._must_wait(document, position, room, pieces):
                 break
@@ -61,11 +73,7 @@ class Lane:
                 pieces.append(rest[:room])
                 position = Cursor(position.documents, position.offset + room)
                 room = 0
-        if not pieces or (room == self.seq_len):  # one token alone predicts nothing
-            self.cursor = position
-            return None
-        self.cursor = self._step_back(position) if room == 0 else position
-        return self._row(pieces)
+        return pieces, room, position, False
 
     def _must_wait(self, document: np.ndarray, position: Cursor, room: int, pieces: list[np.ndarray]) -> bool:
         """With whole documents, one that fits in a row of its own is not begun in a row that is too full for it."""

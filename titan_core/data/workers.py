@@ -2,68 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
-
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from titan_core.runtime.errors import DataError
 
-if TYPE_CHECKING:
-    from titan_core.data.loader import BatchLoader
+Share = tuple[list[Any], dict[str, Any]]
 
 
-class _Share(IterableDataset):
-    """Worker w of W reads slots w, w + W, ... of every microbatch."""
+class Workers:
+    """Worker w of W reads slots w, w + W, ... of every microbatch, ahead of the reader.
 
-    def __init__(self, loader: BatchLoader) -> None:
-        self.loader = loader
+    `read(slots)` yields (rows, stream state) a microbatch and runs in the workers. They are forked, as sources hold
+    open files and closures; construct this in the main thread.
+    """
 
-    def __iter__(self) -> Iterator[Any]:
-        info = get_worker_info()
-        assert info is not None
-        slots = range(info.id, self.loader.local_batch_size, info.num_workers)
-        try:
-            yield from self.loader.read(slots)
-        except DataError as error:  # an exception class of ours would not survive the DataLoader's re-raising
-            yield error
+    def __init__(self, read: Callable[[range], Iterator[Share]], slots: int, workers: int, ahead: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.slots = slots
+        self.count = min(workers, slots)
+        self._queues = [context.Queue(maxsize=ahead) for _ in range(self.count)]
+        self._processes = [
+            context.Process(target=_work, args=(read, range(w, slots, self.count), self._queues[w]), daemon=True)
+            for w in range(self.count)
+        ]
+        for process in self._processes:
+            process.start()
 
-
-def read_with_workers(loader: BatchLoader) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yield microbatches put together from the workers' shares, in slot order."""
-    workers = min(loader.data.num_workers, loader.local_batch_size)
-    shares = DataLoader(
-        _Share(_without_thread(loader)),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=loader.data.prefetch,
-        multiprocessing_context="fork",  # the sources hold open files and closures, which do not pickle
-    )
-    stream = iter(shares)
-    try:
+    def __iter__(self) -> Iterator[Share]:
         while True:
-            parts = [next(stream) for _ in range(workers)]
-            for part in parts:
-                if isinstance(part, DataError):
-                    raise part
-            rows: list[Any] = [None] * loader.local_batch_size
-            for worker, (share, _) in enumerate(parts):
-                rows[worker::workers] = share
-            states = [state for _, state in parts if state]
+            rows: list[Any] = [None] * self.slots
+            states = []
+            for worker in range(self.count):
+                rows[worker :: self.count], state = self._next(worker)
+                states += [state] if state else []
             yield rows, min(states, key=lambda state: state["number"]) if states else {}
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        tip = "it was killed, perhaps for memory: lower data.num_workers or data.prefetch"
-        raise DataError(f"a data worker died: {str(error).split(chr(10))[0]}", tip=tip) from error
-    finally:
-        del stream
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(timeout=10)
+
+    def _next(self, worker: int) -> Share:
+        """Wait for a worker's share; notice when it has died."""
+        while True:
+            try:
+                item = self._queues[worker].get(timeout=1.0)
+            except queue.Empty:
+                process = self._processes[worker]
+                if process.is_alive():
+                    continue
+                raise DataError(
+                    f"data worker {worker} died with exit code {process.exitcode}",
+                    tip="was it killed for memory? lower data.num_workers or data.prefetch",
+                ) from None
+            if isinstance(item, Exception):
+                raise item
+            return item
 
 
-def _without_thread(loader: BatchLoader) -> BatchLoader:
-    """Return a copy that can go to another process."""
-    import copy
+def _work(read: Callable[[range], Iterator[Share]], slots: range, out: Any) -> None:
+    import signal
 
-    twin = copy.copy(loader)
-    twin._producer = None
-    return twin
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    try:
+        for share in read(slots):
+            out.put(share)
+    except DataError as error:
+        out.put(error)
+    except Exception as error:  # told to the reader, which stops the run with it
+        out.put(DataError(f"a data worker failed: {type(error).__name__}: {error}"))

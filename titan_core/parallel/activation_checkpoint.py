@@ -86,8 +86,7 @@ def _contexts(forced: set[torch.Size]) -> Any:
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in MATMUL_OPS:
-            weight = args[1]
-            assert weight is not None
+            weight: Any = args[1]
             right = weight.shape if op is _aten.mm.default else torch.Size(reversed(weight.shape))
             if right in forced:
                 return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,204 @@
+"""Batches do not depend on ranks, workers or microbatches, and a position outlives them all."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from titan_core.config.load import load
+from titan_core.data.build import build_train_loader, build_validation_slice
+from titan_core.data.loader import BatchLoader, data_hash, merge_states
+from titan_core.data.tokenizer import load_tokenizer
+from titan_core.runtime.errors import DataError
+
+SEQ_LEN, GLOBAL = 48, 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents in JSON lines: an epoch ends within a few steps."""
+    path = tmp_path_factory.mktemp("corpus") / "docs.jsonl"
+    lines = [json.dumps({"text": f"document {i} " + "word " * (i * 7 % 12)}) for i in range(40)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def config_for(path: Path | None, **data):
+    config = load("llama3_debugmodel").config
+    training = dataclasses.replace(config.training, seq_len=SEQ_LEN, dataset_path=str(path) if path else None)
+    return dataclasses.replace(config, training=training, data=dataclasses.replace(config.data, **data))
+
+
+def loaders(tokenizer, path, ranks: int = 1, local: int = 2, rows: int = GLOBAL, **data) -> list[BatchLoader]:
+    config = config_for(path, **data)
+    training = dataclasses.replace(config.training, local_batch_size=local)
+    config = dataclasses.replace(config, training=training)
+    return [
+        build_train_loader(config, tokenizer, global_batch_size=rows, seed=0, dp_rank=rank, dp_size=ranks)
+        for rank in range(ranks)
+    ]
+
+
+def read(group: list[BatchLoader], steps: int) -> list[torch.Tensor]:
+    """Return tokens, labels and documents of each step's global batch, in slot order."""
+    found = []
+    for _ in range(steps):
+        batches = [next(loader) for loader in group for _ in range(loader.microbatches)]
+        found.append(torch.cat([torch.stack((b.tokens, b.labels, b.documents.long())) for b in batches], dim=1))
+    return found
+
+
+def close(group: list[BatchLoader]) -> None:
+    for loader in group:
+        loader.close()
+
+
+def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("source", ["embedded", "jsonl", "stream"])
+@pytest.mark.parametrize(("ranks", "local", "workers"), [(1, 8, 0), (2, 2, 0), (4, 1, 0), (2, 4, 2), (1, 4, 1)])
+def test_batches_are_the_same_for_any_layout(source, ranks, local, workers, tokenizer, corpus) -> None:
+    path = None if source == "embedded" else corpus
+    options = {"streaming": source == "stream", "shuffle_window": 16}
+    reference = loaders(tokenizer, path, **options)
+    group = loaders(tokenizer, path, ranks, local, num_workers=workers, **options)
+    assert_same(read(group, 12), read(reference, 12))
+    state = merge_states([loader.state_dict() for loader in group])
+    assert data_hash(state) == data_hash(merge_states([reference[0].state_dict()]))
+    close(group + reference)
+
+
+@pytest.mark.parametrize("source", ["embedded", "jsonl", "stream"])
+@pytest.mark.parametrize("cut", [0, 1, 5, 13])
+def test_resume_is_exact_on_another_layout(source, cut, tokenizer, corpus) -> None:
+    path = None if source == "embedded" else corpus
+    options = {"streaming": source == "stream", "shuffle_window": 16}
+    reference = loaders(tokenizer, path, **options)
+    whole = read(reference, 20)
+    first = loaders(tokenizer, path, 2, 2, **options)
+    read(first, cut)
+    state = json.loads(json.dumps(merge_states([loader.state_dict() for loader in first])))
+    for ranks, local, workers in ((1, 8, 0), (4, 2, 0), (2, 2, 2)):
+        group = loaders(tokenizer, path, ranks, local, num_workers=workers, **options)
+        for loader in group:
+            loader.load_state_dict(state)
+        assert_same(read(group, 20 - cut), whole[cut:])
+        ended = merge_states([loader.state_dict() for loader in group])
+        assert data_hash(ended) == data_hash(merge_states([reference[0].state_dict()]))
+        close(group)
+    close(first + reference)
+
+
+@pytest.mark.parametrize("rows", [4, 12, 6])
+def test_resume_with_another_global_batch_loses_no_row(rows: int, tokenizer, corpus) -> None:
+    reference = loaders(tokenizer, corpus)
+    whole = torch.cat(read(reference, 15), dim=1)
+    first = loaders(tokenizer, corpus)
+    read(first, 3)
+    group = loaders(tokenizer, corpus, 2, rows // 2, rows)
+    for loader in group:
+        loader.load_state_dict(merge_states([first[0].state_dict()]))
+    found = torch.cat(read(group, 96 // rows), dim=1)
+    assert torch.equal(found, whole[:, 3 * GLOBAL : 3 * GLOBAL + 96])
+    state = merge_states([loader.state_dict() for loader in group])
+    again = loaders(tokenizer, corpus, 1, GLOBAL)
+    again[0].load_state_dict(state)
+    close(group + first + reference + again)
+
+
+def test_every_document_is_read_once_an_epoch(tokenizer, corpus) -> None:
+    """The counted labels of an epoch hold each document's text exactly once."""
+    group = loaders(tokenizer, corpus, split_documents=False)
+    texts = []
+    for step in read(group, 12):
+        tokens, _, documents = step
+        for row, numbers in zip(tokens, documents, strict=True):
+            for number in range(int(numbers.max()) + 1):
+                texts.append(tokenizer.decode(row[numbers == number].tolist()))
+    starts = [text.split()[1] for text in texts if text.startswith("document")]
+    assert sorted(set(starts), key=int) == [str(i) for i in range(40)]
+    close(group)
+
+
+def test_epochs_differ_and_seeds_differ(tokenizer, corpus) -> None:
+    from titan_core.data.documents import IndexedDocuments
+    from titan_core.data.sources import open_source
+
+    config = config_for(corpus)
+    source = open_source("local", str(corpus), config.data, validation=False, listener=print)
+    order = {
+        (seed, epoch): [IndexedDocuments(source, seed, True).text(epoch * 40 + i) for i in range(40)]
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len({tuple(texts) for texts in order.values()}) == 4
+    assert len({tuple(sorted(texts)) for texts in order.values()}) == 1
+
+
+def test_skipping_steps_equals_reading_them(tokenizer, corpus) -> None:
+    reference, skipping = loaders(tokenizer, corpus), loaders(tokenizer, corpus)
+    whole = read(reference, 6)
+    skipping[0].skip_steps(4)
+    assert_same(read(skipping, 2), whole[4:])
+    close(reference + skipping)
+
+
+def test_other_data_is_refused(tokenizer, corpus, tmp_path) -> None:
+    state = merge_states([loaders(tokenizer, corpus)[0].state_dict()])
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "something else"}\n')
+    with pytest.raises(DataError, match="source of the data") as caught:
+        loaders(tokenizer, other)[0].load_state_dict(state)
+    assert "exclude_from_loading" in (caught.value.tip or "")
+
+
+def test_errors_of_the_background_reach_the_reader(tokenizer, tmp_path) -> None:
+    gone = tmp_path / "a.txt"
+    gone.write_text("text " * 50)
+    for workers in (0, 2):
+        gone.write_text("text " * 50)
+        group = loaders(tokenizer, tmp_path, local=2, num_workers=workers, shuffle=False)
+        gone.unlink()
+        with pytest.raises(DataError, match="cannot read"):
+            read(group, 1)
+        close(group)
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+def rows_of(slices) -> list[tuple[int, ...]]:
+    rows = []
+    for one in slices:
+        for batch in one:
+            rows += [
+                tuple(r.tolist())
+                for r, labels in zip(batch.tokens, batch.labels, strict=True)
+                if (labels != -100).any()
+            ]
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("steps", [3, -1])
+def test_validation_rows_do_not_depend_on_the_ranks(steps: int, tokenizer, corpus) -> None:
+    config = config_for(None)
+    validation = dataclasses.replace(
+        config.validation, dataset="local", dataset_path=str(corpus), seq_len=SEQ_LEN, local_batch_size=4, steps=steps
+    )
+    config = dataclasses.replace(config, validation=validation)
+    alone = [build_validation_slice(config, tokenizer)]
+    for ranks in (2, 3):
+        several = [build_validation_slice(config, tokenizer, dp_rank=r, dp_size=ranks) for r in range(ranks)]
+        assert rows_of(several) == rows_of(alone)
+        assert len({len(list(one)) for one in several}) == 1
+    assert rows_of(alone) == rows_of(alone)
