@@ -14,6 +14,7 @@ from titan_core.runtime.errors import UsageError
 
 app = typer.Typer(
     rich_markup_mode=None,
+    add_completion=False,
     help="Complete commands, config keys and recipes in the shell.",
     epilog="\b\nExamples:\n  titan completions install\n  titan completions show zsh > ~/.zfunc/_titan",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -17,6 +17,7 @@ from titan_core.runtime.errors import UsageError
 
 app = typer.Typer(
     rich_markup_mode=None,
+    add_completion=False,
     help="Show, compare and explain configs.",
     epilog="\b\nExamples:\n  titan config show llama3_8b --why\n  titan config explain optimizer.lr\n"
     "  titan config diff llama3_8b my.toml\n  titan config schema > titan.schema.json",

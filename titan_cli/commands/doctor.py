@@ -9,14 +9,11 @@ import typer
 
 from titan_cli.context import no_flags, output_of
 
-app = typer.Typer(
-    rich_markup_mode=None,
-    epilog="\b\nExamples:\n  titan doctor\n  titan doctor --json > report.json",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+EPILOG = "\b\nExamples:\n  titan doctor\n  titan doctor --json > report.json"
 
 
-@app.command()
+@app.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 def doctor(
     ctx: typer.Context,
     folder: str = typer.Option("outputs", help="Where runs will be written."),

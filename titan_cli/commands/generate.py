@@ -14,6 +14,7 @@ from titan_core.runtime.errors import UsageError
 
 app = typer.Typer(
     rich_markup_mode=None,
+    add_completion=False,
     help="Generate text with a trained model.",
     epilog='\b\nExample:\n  titan generate llm --checkpoint outputs/llama3_debugmodel --prompt "def main():"',
     context_settings={"help_option_names": ["-h", "--help"]},

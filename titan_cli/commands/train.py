@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "llama3_debugmodel"
 STOPPED_AFTER_SAVING = 75
 
-app = typer.Typer(
-    rich_markup_mode=None,
-    epilog="\b\nExamples:\n  titan train\n  titan train llama3_8b --nproc 8 --optimizer.lr 3e-4\n"
-    "  titan train my.toml --run runs/a --dry-run\n\nEvery config key is a flag; `titan config list` names them.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+EPILOG = (
+    "\b\nExamples:\n  titan train\n  titan train llama3_8b --nproc 8 --optimizer.lr 3e-4\n"
+    "  titan train my.toml --run runs/a --dry-run\n\nEvery config key is a flag; `titan config list` names them."
 )
 
 
-@app.command()
+@app.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 def train(
     ctx: typer.Context,
     target: str | None = typer.Argument(None, metavar="[RECIPE|FILE]", help="Recipe or TOML file."),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     rich_markup_mode=None,
+    add_completion=False,
     help="Check a config, a checkpoint or data; measure a checkpoint's loss.",
     epilog="\b\nExamples:\n  titan validate config llama3_8b --world 64\n"
     "  titan validate checkpoint outputs/llama3_debugmodel\n"

@@ -256,7 +256,8 @@ class Checkpoint:
     initial_load_in_hf_quantized: bool = False
     """They are quantized."""
     last_save_model_only: bool = True
-    """Add a weights-only export at the last step (the full checkpoint is kept, so the run can be extended)."""
+    """Write the weights alone after the last step too, into `weights/` beside the full checkpoint, which is kept, so that
+    the run can be extended."""
     last_save_in_hf: bool = False
     """Write the last step in Hugging Face format too."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
@@ -304,7 +305,7 @@ class Compile:
     """torch.compile, block by block."""
 
     enable: bool = False
-    """Compile."""
+    """Compile every block with torch.compile."""
     components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
     """What is compiled."""
     backend: str = "inductor"

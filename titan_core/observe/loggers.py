@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class WandB:
             raise missing_extra("wandb", "logging") from None
         folder.mkdir(parents=True, exist_ok=True)
         id_file = folder / "wandb-run-id"
-        run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "titan"),

@@ -75,7 +75,7 @@ def _forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) ->
     for block in blocks:
         for name, module in block.named_modules():
             weight = getattr(module, "weight", None)
-            if any(p in name for p in patterns) and isinstance(weight, torch.Tensor):
+            if isinstance(weight, torch.Tensor) and any(p in name for p in patterns):
                 shapes.add(torch.Size(reversed(weight.shape)))
     return shapes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from titan_core.observe.oom import explain_out_of_memory
 from titan_core.observe.profiler import Profiler
 from titan_core.optim.build import set_lr
 from titan_core.optim.schedule import lr_factor
+from titan_core.parallel.data_parallel import DTYPES
 from titan_core.runtime.distributed import set_timeout
 from titan_core.runtime.errors import RunFailed
 from titan_core.runtime.events import Listener, Note, StepDone, Warned
@@ -99,6 +101,8 @@ class Trainer:
                     set_timeout(config.comm.train_timeout_seconds)
             if self.checkpointer is not None:
                 self.checkpointer.finish()
+                if self.progress.step >= config.training.steps and config.checkpoint.last_save_model_only:
+                    self._export_weights()
         return self._result(stopped_by)
 
     # ------------------------------------------------------------------------------------------ a step
@@ -180,6 +184,23 @@ class Trainer:
         self.checkpointer.save(self.progress.step, snapshot, blocking=blocking, metrics=metrics)
         self.last_saved = self.progress.step
         self._meter.pause(time.perf_counter() - began)
+
+    def _export_weights(self) -> None:
+        """Write the weights alone, in the export dtype, beside the full checkpoints."""
+        assert self.checkpointer is not None
+        if self.checkpointer.config.load_only:
+            return
+        root = f"{self.checkpointer.storage.root}/weights"
+        parts, step = self.parts, self.progress.step
+        exporter = Checkpointer(
+            root, self.checkpointer.config, rank=parts.world.rank, size=parts.world.size, listener=self.listener
+        )
+        if step in exporter.steps():
+            return
+        whole = state.snapshot(parts, self.progress, {"guard": self.guard.state_dict()}, model_only=True)
+        dtype = DTYPES[parts.config.checkpoint.export_dtype]
+        cast = {name: tensor.detach().to(dtype) for name, tensor in whole.tensors.items()}
+        exporter.save(step, dataclasses.replace(whole, tensors=cast), blocking=True)
 
     # ------------------------------------------------------------------------------------------ when a step goes wrong
 
