@@ -256,8 +256,8 @@ class Checkpoint:
     initial_load_in_hf_quantized: bool = False
     """They are quantized."""
     last_save_model_only: bool = True
-    """Write the weights alone after the last step too, into `weights/` beside the full checkpoint, which is kept, so that
-    the run can be extended."""
+    """Write the weights alone after the last step too, into `weights/` beside the full checkpoint, which is kept: the
+    run can be extended."""
     last_save_in_hf: bool = False
     """Write the last step in Hugging Face format too."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
