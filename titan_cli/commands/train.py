@@ -77,7 +77,8 @@ def _train_here(
         result = plan.run(resolved, ranks.world_size)
         output.result("\n".join(f"{topic:<12}{text}" for topic, text in result.rows), **dataclasses.asdict(result))
         return
-    output.say(f"{'start':<10}loading torch")
+    if launch.is_main_rank():
+        output.say(f"{'start':<10}loading torch")
     from titan_core.jobs import train as job
 
     with Display(output) as display, launch.worker_listener(display) as listener:

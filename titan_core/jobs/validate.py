@@ -52,6 +52,8 @@ class Report:
         """Run a stage; a `TitanError` in it is its failure."""
         try:
             self.checks.append(Check(name, True, work()))
+        except KeyError as error:
+            self.checks.append(Check(name, False, f"the checkpoint does not say its {error}"))
         except TitanError as error:
             self.checks.append(
                 Check(name, False, error.message + (f" ({error.where})" if error.where else ""), error.tip)

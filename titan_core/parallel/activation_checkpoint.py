@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from titan_core.config.schema import ActivationCheckpoint
+from titan_core.nn.layers import Linear
 
 _aten = torch.ops.aten
 # What is worth storing: every kind of attention, reductions across ranks, and (every second) matmul.
@@ -74,9 +75,8 @@ def _forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) ->
     shapes = set()
     for block in blocks:
         for name, module in block.named_modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and any(p in name for p in patterns):
-                shapes.add(torch.Size(reversed(weight.shape)))
+            if isinstance(module, Linear) and any(p in name for p in patterns):
+                shapes.add(torch.Size(reversed(module.weight.shape)))
     return shapes
 
 
