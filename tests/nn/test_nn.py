@@ -197,7 +197,7 @@ def test_queries_at_the_end_see_all_before_them() -> None:
 @pytest.mark.parametrize("ignored", [0, 5, 23])
 @pytest.mark.parametrize("budget", [1, 7 * 50, 1 << 25])
 def test_loss_equals_cross_entropy_of_the_logits(ignored: int, budget: int, monkeypatch) -> None:
-    monkeypatch.setattr("titan_core.nn.loss._LOGIT_BUDGET", budget)
+    monkeypatch.setattr("titan_core.nn.loss._CHUNK", budget)
     hidden, weight = random(23, 16).requires_grad_(), random(50, 16, seed=1).requires_grad_()
     labels = torch.randint(50, (23,), generator=torch.Generator().manual_seed(0))
     labels[:ignored] = -100

@@ -10,7 +10,7 @@ from titan_core.declare.parameters import Parameter
 
 GIB = 1 << 30
 _BYTES = {"float32": 4, "bfloat16": 2}
-_LOGIT_BUDGET = 1 << 25  # logits that the chunked loss holds at once (titan_core.nn.loss)
+_LOGITS_AT_ONCE = 1 << 24  # titan_core.nn.loss
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def data_parallel_memory(
         optimizer=2 * store * local,
         gathered=gathered,
         activations=_activations(config, num_blocks, compute * tokens * width, per_block),
-        logits=6 * min(_LOGIT_BUDGET, tokens * vocab_size) + 4 * vocab_size * width,
+        logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab_size) + 4 * vocab_size * width,
     )
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_core.nn.cpu_attention import causal_attention
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -45,6 +47,8 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Ten
 
     Queries are the last T of the S positions. The values may be wider or narrower than the keys.
     """
+    if _trains_on_cpu(q_BTHC, k_BSKC, mask):
+        return causal_attention(q_BTHC, k_BSKC, v_BSKC)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
     grouped = q.shape[1] != k.shape[1]
     if mask.blocks is not None:
@@ -58,6 +62,13 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Ten
         causal = q.shape[2] > 1  # a single query, the newest, sees every key
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
+
+
+def _trains_on_cpu(q_BTHC: Tensor, k_BSKC: Tensor, mask: Mask) -> bool:
+    """Is this plain causal attention with a backward to come, on a CPU, and not being compiled?"""
+    plain = mask.dense is None and mask.blocks is None and q_BTHC.shape[1] == k_BSKC.shape[1]
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return plain and eager and q_BTHC.device.type == "cpu"
 
 
 def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
