@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from titan_core.declare.parameters import Attention, Parameter
+from titan_core.declare.parameters import Attention, Parameter, Role
 
 _MATMUL_ROLES = ("hidden", "output", "expert", "router")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters: all; those that one token's matmuls use; those of the embedding."""
+    """Parameters: all; those that one token's matmuls use; those of the embedding; all by role."""
 
     total: int
     active: int
     embedding: int
+    by_role: dict[Role, int]
 
 
 def count_parameters(parameters: Sequence[Parameter]) -> Counts:
     """Count parameters; a tied one counts once in the total, and its matmul among the active."""
     total = sum(p.numel for p in parameters if p.tied_to is None)
     active = sum(round(p.numel * p.active) for p in parameters if p.role in _MATMUL_ROLES)
-    embedding = sum(p.numel for p in parameters if p.role == "embedding")
-    return Counts(total, active, embedding)
+    by_role: dict[Role, int] = {}
+    for p in parameters:
+        if p.tied_to is None:
+            by_role[p.role] = by_role.get(p.role, 0) + p.numel
+    return Counts(total, active, by_role.get("embedding", 0), by_role)
 
 
 def flops_per_token(
@@ -32,9 +36,11 @@ def flops_per_token(
 ) -> float:
     """Return the FLOPs of forward and backward for one token of a sequence of `seq_len`.
 
-    Six for each weight that a matmul uses (two forward, four backward), and for attention 6 * keys * heads * (qk width
-    + v width). `causal` counts the keys that a token sees, (T + 1) / 2 on average; without it all T are counted, the
-    convention of most published MFU numbers. Recomputation is not counted.
+    Six for each weight that is multiplied (two forward, four backward): the output head, also a tied one, but not the
+    embedding, which is looked up; norms and biases, which are next to nothing, as 6 (N - N_emb) counts them. For
+    attention 6 * keys * heads * (qk width + v width), which is 12 d T where a head is d / H wide. `causal` counts the
+    keys that a token sees, (T + 1) / 2 on average; without it all T are counted, the convention of most published MFU
+    numbers. Recomputation is not counted.
     """
     matmul = sum(6 * p.numel * p.active for p in parameters if p.role in _MATMUL_ROLES or p.role in ("norm", "bias"))
     return matmul + sum(6 * _keys(a, seq_len, causal) * a.num_heads * (a.qk_dim + a.v_dim) for a in attentions)

@@ -39,8 +39,8 @@ def data_parallel_memory(
 ) -> Memory:
     """Estimate the memory of a rank whose parameters are split over `shards` ranks.
 
-    Activations: with every block recomputed its input is kept, and one block's own; without, what a pre-norm block with
-    SwiGLU saves: the outputs of its matmuls and their inputs. Two blocks are gathered at once (the next is prefetched).
+    Activations: with every block recomputed its input is kept, and one block's own; without, what `_block_width` says.
+    Attention is taken not to store its scores. Two blocks are gathered at once (the next is prefetched).
     """
     training = config.training
     own = [p for p in parameters if p.tied_to is None]
@@ -53,7 +53,7 @@ def data_parallel_memory(
     gathered = compute * (rest + 2 * block) if shards > 1 else (compute * total if compute != store else 0)
     tokens = training.local_batch_size * training.seq_len
     width = next(p.shape[-1] for p in own if p.role == "embedding")
-    per_block = compute * tokens * (2 * width + sum(p.shape[0] for p in blocks if len(p.shape) == 2) // num_blocks * 2)
+    per_block = compute * tokens * _block_width(blocks, width) // max(num_blocks, 1)
     return Memory(
         weights=store * local,
         gradients=store * local,
@@ -62,6 +62,14 @@ def data_parallel_memory(
         activations=_activations(config, num_blocks, compute * tokens * width, per_block),
         logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab_size) + 4 * vocab_size * width,
     )
+
+
+def _block_width(blocks: Sequence[Parameter], width: int) -> int:
+    """Return how many numbers all blocks save for a token: what comes out of the matmuls and the norms, and what goes
+    into the matmuls that write to the residual stream. Square ones count as such, on the side of too much."""
+    matrices = [p.shape for p in blocks if len(p.shape) == 2]
+    norms = [p.shape[0] for p in blocks if p.role == "norm"]
+    return sum(out for out, _ in matrices) + sum(norms) + sum(into for out, into in matrices if out == width <= into)
 
 
 def _activations(config: Config, num_blocks: int, boundary: int, per_block: int) -> int:

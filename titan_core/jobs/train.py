@@ -17,6 +17,7 @@ from titan_core.runtime import distributed
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Event, Listener, Note, Planned, Warned, silent
+from titan_core.runtime.host_memory import keep_freed_memory
 from titan_core.training import resume as resuming
 from titan_core.training import state
 from titan_core.training.build import Parts, build
@@ -59,6 +60,8 @@ def run(
     resuming.check_allowed(allow_change)
     _prepare_flight_recorder(config)
     world = distributed.start(config.comm.init_timeout_seconds, always_group=config.training.enable_cpu_offload)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     loggers: list[Logger] = []
     parts: Parts | None = None
     try:
