@@ -1,0 +1,109 @@
+"""Estimated bytes against those of a model that is there."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.runs import tiny
+from titan_core.declare.family import Family
+from titan_core.estimation.memory import Memory, data_parallel_memory
+from titan_core.models import resolve
+from titan_core.optim.build import build_optimizer, state_tensors
+from titan_core.parallel.mesh import Layout, Mesh
+from titan_core.runtime.distributed import World
+from titan_core.training.build import build_model
+
+
+def estimate(config, shards: int = 1) -> Memory:
+    family, sizes = resolve(config.model)
+    return data_parallel_memory(config, family.parameters(sizes), sizes.n_layers, sizes.vocab_size, shards=shards)
+
+
+def built(config, size: int) -> tuple[torch.nn.Module, Family, object]:
+    family, sizes = resolve(config.model)
+    world = World(size=size, rank=torch.distributed.get_rank() if size > 1 else 0)
+    mesh = Mesh(Layout.of(config.parallelism, size), "cpu", world.rank)
+    return build_model(config, world, mesh, family, sizes, 0)[0], family, sizes
+
+
+def _local_bytes(config, size: int) -> tuple[int, int]:
+    model, family, sizes = built(config, size)
+    optimizer = build_optimizer(dict(model.named_parameters()), family.parameters(sizes), config.optimizer)
+    moments = [t for name, t in state_tensors(optimizer).items() if not name.endswith(".step")]
+    return sum(map(_bytes, model.parameters())), sum(map(_bytes, moments))
+
+
+def _bytes(tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.numel() * local.element_size()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_optimizer_are_exact(dtype: str, tmp_path) -> None:
+    config = tiny(tmp_path, training__dtype=dtype).config
+    found = estimate(config)
+    assert (found.weights, found.optimizer) == _local_bytes(config, 1)
+    assert found.gradients == found.weights
+    assert found.gathered == (0 if dtype == "float32" else estimate(tiny(tmp_path).config).weights)
+
+
+def test_shards_are_exact(tmp_path) -> None:
+    config = tiny(tmp_path, parallelism__data_parallel_shard_degree=2).config
+    found = estimate(config, shards=2)
+    for weights, moments in run_ranks(_local_bytes, 2, config, 2):
+        assert weights == found.weights
+        assert moments == found.optimizer
+    whole = estimate(config).weights
+    assert whole / 2 < found.gathered <= whole
+
+
+def saved_bytes(config) -> int:
+    """Bytes of activations that the backward of the blocks holds."""
+    model, _, sizes = built(config, 1)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(tokens)  # type: ignore[operator]
+    return sum(storage.nbytes() for storage in held.values())
+
+
+SHAPE = {
+    "model__args__dim": 128,
+    "model__args__ffn_dim": 384,
+    "model__args__n_layers": 4,
+    "training__local_batch_size": 16,
+    "training__seq_len": 16,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_near_what_is_saved(dtype: str, tmp_path) -> None:
+    settings = {**SHAPE, "training__mixed_precision_param": dtype, "activation_checkpoint__mode": "none"}
+    config = tiny(tmp_path, **settings).config
+    assert estimate(config).activations == pytest.approx(saved_bytes(config), rel=0.25)
+
+
+def test_recomputation_keeps_the_inputs_of_blocks(tmp_path) -> None:
+    config = tiny(tmp_path, activation_checkpoint__mode="full", **SHAPE).config
+    boundary = 16 * 16 * 128 * 4
+    assert saved_bytes(config) == pytest.approx(4 * boundary, rel=0.5)
+    one_block = estimate(tiny(tmp_path, activation_checkpoint__mode="none", **SHAPE).config).activations / 4
+    assert estimate(config).activations == pytest.approx(4 * boundary + one_block)
+
+
+def test_more_recomputation_needs_less(tmp_path) -> None:
+    def activations(mode: str, **more: object) -> int:
+        return estimate(tiny(tmp_path, activation_checkpoint__mode=mode, **SHAPE, **more).config).activations
+
+    by_op = activations("selective", activation_checkpoint__selective_ac_option="op")
+    half = activations("selective", activation_checkpoint__selective_ac_option="2")
+    assert activations("full") < by_op < activations("none")
+    assert activations("full") < half < activations("none")
