@@ -27,6 +27,7 @@ COMMANDS = {
     "validate": ("titan_cli.commands.validate", "Check a config, checkpoint or data; measure loss"),
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
     "generate": ("titan_cli.commands.generate", "Generate text with a trained model"),
+    "bench": ("titan_cli.commands.bench", "Measure speed beside other programs"),
     "doctor": ("titan_cli.commands.doctor", "Is this machine ready?"),
     "completions": ("titan_cli.commands.completions", "Complete words in bash, zsh and fish"),
 }

@@ -59,7 +59,7 @@ def test_shards_are_exact(tmp_path) -> None:
 
 def saved_bytes(config) -> int:
     """Bytes of activations that the backward of the blocks holds."""
-    model, _, sizes = built(config, 1)
+    model, *_ = built(config, 1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 

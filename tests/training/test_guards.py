@@ -13,7 +13,7 @@ from titan_core.config.schema import Guard as Settings
 from titan_core.jobs import train
 from titan_core.runtime.errors import RunFailed
 from titan_core.runtime.events import StepDone, Warned
-from titan_core.training.guards import Guard
+from titan_core.training.guards import Guard, dump
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
@@ -49,6 +49,38 @@ def test_state_round_trip() -> None:
         guard.judge(loss, 1.0)
     other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert other.state_dict() == guard.state_dict()
+
+
+def test_a_level_that_rises_for_good_stops_the_run() -> None:
+    guard = Guard(Settings(spike="skip", spike_window=5, max_skips=3))
+    for step in range(10):
+        guard.judge(2.0 + 0.01 * (step % 2), 1.0)
+    assert [guard.judge(9.0, 1.0) for _ in range(4)] == ["skip"] * 3 + ["stop"]
+    assert guard.mean == pytest.approx(2.0, abs=0.02)  # what was skipped is not remembered
+
+
+@pytest.mark.parametrize("window", [1, 4, 50])
+def test_running_numbers_are_the_exact_ones_until_the_window_is_full(window: int) -> None:
+    losses = [5.0, 4.0, 4.5, 3.0][:window]
+    guard = Guard(Settings(spike_window=window))
+    for loss in losses:
+        guard.judge(loss, 1.0)
+    assert guard.mean == pytest.approx(sum(losses) / len(losses))
+    assert guard.variance == pytest.approx(sum((x - guard.mean) ** 2 for x in losses) / len(losses))
+
+
+def test_dump_puts_the_culprit_first(tmp_path: Path) -> None:
+    guard = Guard(Settings())
+    for number in range(60):
+        guard.judge(float(number), 1.0)
+    guard.judge(math.nan, math.inf)
+    norms = {"small": 0.1, "broken": math.inf, "large": 7.0}
+    written = json.loads(Path(dump(str(tmp_path / "run"), 61, guard.reason, norms, 488, guard)).read_text())
+    assert list(written["grad_norms"].items()) == [("broken", "inf"), ("large", 7.0), ("small", 0.1)]
+    assert written["recent_losses"] == [float(n) for n in range(11, 60)] + ["nan"]
+    assert written["recent_grad_norms"][-1] == "inf"
+    assert (written["step"], written["first_row"]) == (61, 488)
+    assert "loss nan" in written["reason"]
 
 
 class Poison:
@@ -91,9 +123,13 @@ def test_stop_leaves_a_dump_and_the_last_checkpoint(tmp_path: Path, monkeypatch)
     resolved = tiny(tmp_path, checkpoint__enable=True, checkpoint__interval=2, **ONE)
     with pytest.raises(RunFailed, match="step 5 went wrong") as caught:
         run(resolved)
-    dump = json.loads(Path(caught.value.where).read_text())
-    assert dump["step"] == 5
-    assert set(dump["grad_norms"].values()) == {"nan"}
+    written = json.loads(Path(caught.value.where).read_text())
+    assert written["step"] == 5
+    assert set(written["grad_norms"].values()) == {"nan"}
+    assert written["recent_losses"][-1] == "nan"
+    assert all(isinstance(loss, float) for loss in written["recent_losses"][:-1])
+    assert len(written["recent_losses"]) == len(written["recent_grad_norms"]) == 5
+    assert written["guard"]["non_finite"] == "stop"
     assert (tmp_path / "checkpoint" / "step-4").is_dir()
     assert not (tmp_path / "checkpoint" / "step-5").exists()
 
@@ -157,3 +193,14 @@ def test_clipping_over_mixed_meshes(kind: str) -> None:
     for norm, clipped in run_ranks(_clipped, 2, kind):
         assert norm == pytest.approx(grads.norm().item(), rel=1e-6)
         assert torch.allclose(clipped, grads / grads.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_clipping_leaves_gradients_alone_when_the_norm_is_not_finite(bad: float) -> None:
+    from titan_core.parallel.clip import clip_grad_norm
+
+    good, broken = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    good.grad, broken.grad = torch.full((3,), 5.0), torch.tensor([1.0, bad, 2.0])
+    assert not clip_grad_norm([good, broken], 1.0).isfinite()
+    assert good.grad.tolist() == [5.0] * 3
+    assert broken.grad[::2].tolist() == [1.0, 2.0]

@@ -188,7 +188,7 @@ def _from_flag(key: str, word: str | None, problems: list[Problem]) -> Setting |
     key = key.replace("-", "_")
     source = Source("flag", flag)
     if key.startswith("model.args."):
-        value = _literal(word if word is not None else "true")
+        value = None if word == "none" else _literal(word if word is not None else "true")
         return Setting("model.args", {key.removeprefix("model.args."): value}, source)
     section, _, name = key.rpartition(".")
     if key not in fields() and name.startswith("no_") and f"{section}.{name[3:]}" in fields():

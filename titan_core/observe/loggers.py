@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import secrets
 import time
@@ -10,26 +12,40 @@ from pathlib import Path
 from typing import Any
 
 from titan_core.config.schema import Config
-from titan_core.runtime.errors import missing_extra
-from titan_core.runtime.events import Event, Saved, StepDone, Validated, as_dict
+from titan_core.runtime.errors import RemoteError, RunFailed, missing_extra
+from titan_core.runtime.events import Event, Saved, StepDone, Validated, Warned, as_dict
 
-LOGGED = (StepDone, Validated, Saved)
+LOGGED = (StepDone, Validated, Saved, Warned)
+_BLOCK = 1 << 16
 
 
 class JsonLines:
-    """`metrics.jsonl`: one record a line, appended; a crash can cost the last line, never an earlier one."""
+    """`metrics.jsonl`: one record a line, appended; a crash can cost the last line, never an earlier one.
+
+    Numbers that are not finite become null, which JSON has instead. Raises `RunFailed` where it cannot write.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            with path.open("ab") as file:  # the run before died while it wrote
-                file.write(b"\n")
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _drop_torn_line(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            tip = "choose another folder with `--run` (job.dump_folder)"
+            raise RunFailed(f"cannot write the log: {error.strerror}", where=str(path), tip=tip) from error
 
     def record(self, kind: str, **data: Any) -> None:
         """Write a record of its own kind."""
-        self._file.write(json.dumps({"event": kind, "time": time.time(), **data}) + "\n")
-        self._file.flush()
+        record = {"event": kind, "time": time.time(), **data}
+        line = json.dumps(_finite(record), allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            tip = "the same command goes on from the last checkpoint"
+            raise RunFailed(f"cannot write the log: {error.strerror}", where=str(self.path), tip=tip) from error
 
     def __call__(self, event: Event) -> None:
         """Write an event, if it is one that is kept."""
@@ -38,8 +54,32 @@ class JsonLines:
             self.record(data.pop("event"), **data)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; every record is in it already."""
+        with contextlib.suppress(OSError):  # what could not be written has been reported
+            self._file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut what follows the last newline: the run before died while it wrote that."""
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoard:
@@ -63,7 +103,11 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. The run's id is kept in the dump folder, so that a resumed run is the same run."""
+    """Weights & Biases. The run's id is kept in the dump folder, so that a resumed run is the same run.
+
+    `step` is a number of its own, the axis of all others: W&B drops what is logged at a step that it has passed, as a
+    run does that resumes from a checkpoint before its last line.
+    """
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         try:
@@ -74,21 +118,29 @@ class WandB:
         id_file = folder / "wandb-run-id"
         run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
         id_file.write_text(run_id)
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "titan"),
-            entity=os.environ.get("WANDB_TEAM"),
-            name=os.environ.get("WANDB_RUN_NAME"),
-            id=run_id,
-            resume="allow",
-            dir=str(folder),
-            config=config,
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "titan"),
+                entity=os.environ.get("WANDB_TEAM"),
+                name=os.environ.get("WANDB_RUN_NAME"),
+                id=run_id,
+                resume="allow",
+                dir=str(folder),
+                config=config,
+            )
+        except wandb.errors.Error as error:
+            raise RemoteError(
+                f"Weights & Biases did not start: {error}",
+                where="metrics.enable_wandb",
+                tip="`wandb login`, or WANDB_MODE=offline to log into the run's folder",
+            ) from None
+        self._run.define_metric("*", step_metric="step")
 
     def __call__(self, event: Event) -> None:
         """Log the numbers of an event."""
         numbers = scalars(event)
         if numbers:
-            self._run.log(numbers, step=getattr(event, "step", 0))
+            self._run.log({"step": getattr(event, "step", 0), **numbers})
 
     def close(self) -> None:
         """Finish the run."""
@@ -133,6 +185,7 @@ def scalars(event: Event) -> dict[str, float]:
         "time_metrics/end_to_end(s)": event.seconds,
         "time_metrics/data_loading(%)": 100 * event.data_share,
         "memory/max_reserved(GiB)": event.memory_gib,
+        "memory/max_reserved(%)": None if event.memory_share is None else 100 * event.memory_share,
         **event.extra,
     }
     return {name: value for name, value in numbers.items() if value is not None}

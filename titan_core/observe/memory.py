@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,29 @@ _LARGEST = 200
 _MAX_ENTRIES = 100_000
 
 
+def peak_resident_bytes() -> int:
+    """Return the most host memory that this process has held at once."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def live_tensors() -> dict[str, Any]:
-    """Return the process's resident bytes and its largest live tensors: shape, dtype, device, bytes, how many."""
+    """Return the process's resident bytes and its largest live tensors: shape, dtype, device, bytes, how many.
+
+    It sees the tensors that Python knows, and gradients; not what only autograd holds.
+    """
     groups: dict[tuple[str, str, str], list[int]] = {}
     seen: set[int] = set()
-    for item in gc.get_objects():
-        if type(item) not in (torch.Tensor, torch.nn.Parameter):
-            continue
-        storage = item.untyped_storage()
+    for tensor in _tensors():
+        storage = tensor.untyped_storage()
         if storage.data_ptr() in seen:
             continue
         seen.add(storage.data_ptr())
-        key = (str(tuple(item.shape)), str(item.dtype), str(item.device))
+        key = (str(tuple(tensor.shape)), str(tensor.dtype), str(tensor.device))
         groups.setdefault(key, []).append(storage.nbytes())
     rows = [
         {"shape": shape, "dtype": dtype, "device": device, "count": len(sizes), "bytes": sum(sizes)}
@@ -39,10 +52,26 @@ def live_tensors() -> dict[str, Any]:
     }
 
 
+def _tensors() -> Iterator[torch.Tensor]:
+    """Yield plain dense tensors; a DTensor or another subclass holds its numbers in one of these."""
+    for item in gc.get_objects():
+        if type(item) not in (torch.Tensor, torch.nn.Parameter):
+            continue
+        for tensor in (item, item.grad if item.is_leaf else None):
+            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
+                yield tensor
+
+
 def start_history(device: torch.device) -> None:
     """Make a GPU's allocator record what it does."""
     if device.type == "cuda":
         torch.cuda.memory._record_memory_history(max_entries=_MAX_ENTRIES)
+
+
+def stop_history(device: torch.device) -> None:
+    """Make it stop."""
+    if device.type == "cuda":
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def write_snapshot(folder: Path, rank: int, device: torch.device) -> Path:

@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from titan_core.estimation.peaks import peak_flops
+from titan_core.observe.memory import peak_resident_bytes
 from titan_core.runtime.events import StepDone
 
 GIB = 1 << 30
@@ -32,6 +33,10 @@ class StepMeter:
     _paused: float = 0.0
     _pace: float | None = None
 
+    def begin(self) -> None:
+        """Start the clock: what went before the first step (building, loading) is no step's time."""
+        self._began = time.perf_counter()
+
     def add(self, tokens: int, data_seconds: float) -> None:
         """Count one step: its tokens over all ranks, and the time that it waited for data."""
         self._tokens += tokens
@@ -52,7 +57,7 @@ class StepMeter:
         rate = self._tokens / seconds / self.world_size
         tflops = rate * self.flops_per_token / 1e12
         peak = self._peak()
-        gib, share = self._memory()
+        gib, share, extra = self._memory()
         done = StepDone(
             step=step,
             steps=self.steps,
@@ -69,6 +74,7 @@ class StepMeter:
             memory_share=share,
             data_share=min(1.0, self._data_seconds / seconds),
             eta_seconds=self._eta(step, per_step),
+            extra=extra,
         )
         self._tokens = self._num_steps = 0
         self._data_seconds = self._paused = 0.0
@@ -89,11 +95,20 @@ class StepMeter:
             return None
         return peak_flops(torch.cuda.get_device_name(self.device))
 
-    def _memory(self) -> tuple[float, float | None]:
-        """Return GiB in use at the peak since the last line, and its share of what the device has."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_reserved(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return peak / GIB, peak / torch.cuda.get_device_properties(self.device).total_memory
-        used = psutil.Process().memory_info().rss
-        return used / GIB, used / psutil.virtual_memory().total
+    def _memory(self) -> tuple[float, float | None, dict[str, float]]:
+        """Return the peak in GiB, its share of what there is, and more about the allocator.
+
+        On a GPU it is the peak since the last line of what torch has reserved; on a CPU, of the process so far.
+        """
+        if self.device.type != "cuda":
+            used = peak_resident_bytes()
+            return used / GIB, used / psutil.virtual_memory().total, {}
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        extra = {
+            "memory/max_active(GiB)": stats.get("active_bytes.all.peak", 0) / GIB,
+            "memory/num_alloc_retries": stats.get("num_alloc_retries", 0),
+            "memory/num_ooms": stats.get("num_ooms", 0),
+        }
+        return reserved / GIB, reserved / torch.cuda.get_device_properties(self.device).total_memory, extra

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 
 from titan_core.config.schema import Config
-from titan_core.observe.memory import start_history, write_snapshot
+from titan_core.observe.memory import start_history, stop_history, write_snapshot
 from titan_core.runtime.errors import ConfigError, Problem
 
 
 class Profiler:
     """Writes a trace every `profile_freq` steps and a memory snapshot every `memory_snapshot_freq`.
 
-    Both go by the run's step, so a resumed run writes at the same steps.
+    Both go by the run's step, so a resumed run writes at the same steps. A run that ends within a trace writes what is
+    there.
     """
 
     def __init__(self, config: Config, rank: int, device: torch.device) -> None:
@@ -25,6 +26,7 @@ class Profiler:
         self._traces = base / self.config.save_traces_folder
         self._snapshots = base / self.config.save_memory_snapshot_folder
         self._running: torch.profiler.profile | None = None
+        self._step = 0
         recorded = self.config.profiler_active + self.config.profiler_warmup
         if self.config.enable_profiling and recorded > self.config.profile_freq:
             message = f"{recorded} steps of warmup and recording do not fit into {self.config.profile_freq}"
@@ -39,32 +41,42 @@ class Profiler:
         if self._running is not None:
             self._running.stop()
             self._running = None
+        if self.config.enable_memory_snapshot:
+            stop_history(self.device)
+
+    def before_first_step(self, step: int) -> None:
+        """Start a trace if one begins at the run's first step; `step` is the last one that was done before."""
+        self._step = step
+        if self.config.enable_profiling:
+            self._start_if_due()
 
     def after_step(self, step: int) -> None:
         """Start, go on, or write, as the step demands."""
+        self._step = step
         if self.config.enable_profiling:
-            self._trace(step)
+            self._go_on()
+            self._start_if_due()
         freq = self.config.memory_snapshot_freq or self.config.profile_freq
         if self.config.enable_memory_snapshot and step % freq == 0:
             write_snapshot(self._snapshots / f"step_{step}", self.rank, self.device)
 
-    def _trace(self, step: int) -> None:
+    def _go_on(self) -> None:
+        if self._running is not None:
+            self._running.step()
+            if self._step % self.config.profile_freq == 0:  # it has written itself
+                self._running.stop()
+                self._running = None
+
+    def _start_if_due(self) -> None:
         freq, active, warmup = self.config.profile_freq, self.config.profiler_active, self.config.profiler_warmup
-        position = step % freq
-        if self._running is None and position == (freq - active - warmup) % freq:
-            running = torch.profiler.profile(
+        if self._running is None and self._step % freq == freq - active - warmup:
+            self._running = torch.profiler.profile(
                 activities=self._activities(),
                 schedule=torch.profiler.schedule(wait=0, warmup=warmup, active=active, repeat=1),
                 record_shapes=True,
-                on_trace_ready=lambda profile: self._write(profile, step + warmup + active),
+                on_trace_ready=self._write,
             )
-            running.start()
-            self._running = running
-        elif self._running is not None:
-            self._running.step()
-            if position == 0:
-                self._running.stop()
-                self._running = None
+            self._running.start()
 
     def _activities(self) -> list[torch.profiler.ProfilerActivity]:
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -72,7 +84,7 @@ class Profiler:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         return activities
 
-    def _write(self, profile: torch.profiler.profile, step: int) -> None:
-        folder = self._traces / f"step_{step}"
+    def _write(self, profile: torch.profiler.profile) -> None:
+        folder = self._traces / f"step_{self._step}"
         folder.mkdir(parents=True, exist_ok=True)
         profile.export_chrome_trace(str(folder / f"rank{self.rank}_trace.json"))

@@ -15,7 +15,11 @@ from torch.distributed.tensor import DTensor
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients to a total 2-norm of at most `max_norm` (0: only measure) and return the norm before, fp32."""
+    """Scale gradients to a total 2-norm of at most `max_norm` (0: only measure) and return the norm before, fp32.
+
+    A norm that is not finite leaves them as they are: scaled, every gradient would be NaN or zero, and nobody could
+    see any more which parameter it came from.
+    """
     groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         grad = parameter.grad
@@ -28,7 +32,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
         for grads in groups.values():
-            factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+            factor = torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
             locals_ = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
             torch._foreach_mul_(locals_, factor.to(locals_[0].device))
     return total

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from titan_core.config import schema
 
 Verdict = Literal["go", "skip", "rollback", "stop"]
+_RECENT = 50
 
 
 @dataclass
@@ -19,7 +20,10 @@ class Guard:
     """Judges every step before its update, by the global loss and gradient norm; so all ranks judge alike.
 
     A spike is a loss above the running mean by `spike_factor` running deviations. Skipped steps and rollbacks are
-    counted; more than `max_skips` of them stop the run.
+    counted; more than `max_skips` of them stop the run. `recent` holds the last losses and norms, for the dump.
+
+    Loss and norm are numbers on the host, so judging waits for the device once a step. It must be before the update:
+    a NaN that has reached the weights cannot be skipped.
     """
 
     config: schema.Guard
@@ -28,9 +32,11 @@ class Guard:
     seen: int = 0
     skipped: int = 0
     reason: str = ""
+    recent: list[tuple[float, float]] = field(default_factory=list)
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Return what to do with a step of this loss (nats) and gradient norm; `reason` then says why."""
+        self.recent = [*self.recent[1 - _RECENT :], (loss, grad_norm)]
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.reason = f"loss {loss:g}, gradient norm {grad_norm:g}"
             return self._act(self.config.non_finite)
@@ -75,17 +81,27 @@ class Guard:
 
 
 def dump(folder: str, step: int, reason: str, norms: dict[str, float], rows: int, guard: Guard) -> str:
-    """Write what is known of the step that stopped a run, and return the file: gradient norms by parameter, largest
-    and not finite first, and where the data was."""
+    """Write what is known of the step that stopped a run, and return the file.
+
+    Gradient norms by parameter, not finite and largest first; where the data was; the last losses and norms, the
+    step's own at the end. Numbers that are not finite are strings.
+    """
     path = Path(folder) / f"stopped-at-step-{step}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    worst = dict(sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf))
+    worst = sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)
+    settings = {**dataclasses.asdict(guard.config), **guard.state_dict()}
     content = {
         "step": step,
         "reason": reason,
         "first_row": rows,
-        "guard": dataclasses.asdict(guard),
-        "grad_norms": {name: value if math.isfinite(value) else str(value) for name, value in worst.items()},
+        "guard": settings,
+        "recent_losses": [_plain(loss) for loss, _ in guard.recent],
+        "recent_grad_norms": [_plain(norm) for _, norm in guard.recent],
+        "grad_norms": {name: _plain(value) for name, value in worst},
     }
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(json.dumps(content, indent=1, allow_nan=False))
     return str(path)
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)

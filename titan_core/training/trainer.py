@@ -86,8 +86,10 @@ class Trainer:
         group = dist.new_group(backend="gloo") if self.parts.world.size > 1 else None
         stopped_by = None
         collector = GarbageCollector(config.training.gc_freq, config.training.gc_debug)
-        stop = StopRequest(group, config.training.time_limit_minutes)
+        stop = StopRequest(group, config.training.time_limit_minutes, self._unsaved_steps)
         with stop, collector, self.profiler, explain_out_of_memory(config, self.parts.world.rank):
+            self.profiler.before_first_step(self.progress.step)
+            self._meter.begin()
             while self.progress.step < last and stopped_by is None:
                 self._one_step()
                 step = self.progress.step
@@ -184,6 +186,10 @@ class Trainer:
         self.checkpointer.save(self.progress.step, snapshot, blocking=blocking, metrics=metrics)
         self.last_saved = self.progress.step
         self._meter.pause(time.perf_counter() - began)
+
+    def _unsaved_steps(self) -> int:
+        """Return how many steps would be lost by stopping now, the one under way not counted."""
+        return self.progress.step - (self.last_saved or 0)
 
     def _export_weights(self) -> None:
         """Write the weights alone, in the export dtype, beside the full checkpoints."""

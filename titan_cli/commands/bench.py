@@ -1,0 +1,63 @@
+"""`titan bench`: how fast, and beside whom."""
+
+from __future__ import annotations
+
+import typer
+
+from titan_cli.context import no_flags, output_of
+from titan_core.runtime.errors import UsageError
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    add_completion=False,
+    help="Measure speed beside other programs.",
+    epilog="\b\nExample:\n  titan bench train --peer transformers=/path/to/venv/bin/python",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure speed beside other programs."""
+
+
+@app.command(
+    epilog="\b\nExamples:\n  titan bench train\n"
+    "  titan bench train --peer litgpt=envs/litgpt/bin/python --peer torchtitan=envs/torchtitan/bin/python"
+)
+def train(
+    ctx: typer.Context,
+    peer: list[str] = typer.Option(
+        [], metavar="NAME=PYTHON", help="transformers, litgpt or torchtitan, and its Python."
+    ),
+    steps: int = typer.Option(5, min=2, help="Steps a run; the first is reported apart."),
+    rounds: int = typer.Option(2, min=1, help="Runs of each, in turn."),
+) -> None:
+    """Train a 58M-parameter Llama on the CPU: CPU time and wall time a step, first step, peak memory."""
+    no_flags(ctx)
+    output = output_of(ctx)
+    peers = dict(_split(item) for item in peer)
+    from titan_cli.display import Display
+    from titan_core.jobs import bench_train as job
+
+    with Display(output) as display:
+        rows = job.run(peers, steps=steps, rounds=rounds, listener=display)
+    own = rows[0]["cpu_seconds"]
+    lines = [
+        f"{'':<14}{'CPU-s/step':>11}{'min':>8}{'max':>8}{'wall s':>8}{'first s':>9}{'peak GB':>9}{'loss':>8}  ratio"
+    ]
+    for row in rows:
+        loss = "" if row["last_loss"] is None else f"{row['last_loss']:.3f}"
+        lines.append(
+            f"{row['name']:<14}{row['cpu_seconds']:>11.2f}{row['cpu_seconds_min']:>8.2f}{row['cpu_seconds_max']:>8.2f}"
+            f"{row['wall_seconds']:>8.2f}{row['first_step_seconds']:>9.2f}{row['peak_gigabytes']:>9.2f}{loss:>8}"
+            f"  {row['cpu_seconds'] / own:.2f}x"
+        )
+    output.result("\n".join(lines), rows=rows)
+
+
+def _split(item: str) -> tuple[str, str]:
+    name, equals, python = item.partition("=")
+    if not equals:
+        raise UsageError(f"`--peer` cannot be `{item}`", tip="NAME=PYTHON, e.g. litgpt=envs/litgpt/bin/python")
+    return name, python
