@@ -56,13 +56,14 @@ def test_a_torn_line_is_dropped_and_the_rest_kept(tmp_path: Path, torn: str) -> 
     log = JsonLines(path)
     for number in range(3):
         log(step(number))
+    log.record("wide", step=3, text="y" * 100_000)
     log.close()
     path.write_bytes(path.read_bytes() + torn.encode())
     again = JsonLines(path)
     again.record("resumed", step=2)
     found = records(path)
-    assert [r["event"] for r in found] == ["stepdone"] * 3 + ["resumed"]
-    assert [r["step"] for r in found] == [0, 1, 2, 2]
+    assert [r["event"] for r in found] == ["stepdone"] * 3 + ["wide", "resumed"]
+    assert [r["step"] for r in found] == [0, 1, 2, 3, 2]
 
 
 def test_a_file_of_one_torn_line(tmp_path: Path) -> None:
@@ -138,14 +139,13 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch, 
 
 
 def test_wandb_without_an_account(tmp_path: Path, monkeypatch) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    with pytest.raises(RemoteError, match="did not start") as caught:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+
+    def init(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(RemoteError, match="did not start: No API key") as caught:
         WandB(tmp_path / "wandb", {})
     assert "WANDB_MODE=offline" in (caught.value.tip or "")
 

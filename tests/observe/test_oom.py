@@ -14,12 +14,15 @@ from titan_core.runtime.errors import RunFailed
 HUGE = 1 << 50
 
 
+def exhaust(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+    torch.empty(HUGE, dtype=torch.uint8)
+
+
 def fail(config: Config, error: BaseException | None = None) -> RunFailed:
     with pytest.raises(RunFailed) as caught, explain_out_of_memory(config, 3):
-        if error is None:
-            torch.empty(HUGE, dtype=torch.uint8)
-        else:
-            raise error
+        exhaust(error)
     assert caught.value.__cause__ is not None
     return caught.value
 

@@ -1,5 +1,6 @@
 """The schedule as a function: its phases, its ends, and what holds for every setting."""
 
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def test_what_holds_for_every_setting(steps: int) -> None:
         warm = min(warmup, steps)
         assert found[:warm] == pytest.approx([(s + 1) / warm for s in range(warm)]), case
         after = found[warm:]
-        assert all(a >= b for a, b in zip(after, after[1:], strict=False)), case
+        assert all(a >= b for a, b in itertools.pairwise(after)), case
         assert all(floor < factor <= 1 or floor == factor == 1 for factor in after), case  # the floor is never reached
         assert not after or after[0] == 1.0, case
 

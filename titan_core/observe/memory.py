@@ -14,6 +14,7 @@ import torch
 
 _LARGEST = 200
 _MAX_ENTRIES = 100_000
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def peak_resident_bytes() -> int:
@@ -55,10 +56,10 @@ def live_tensors() -> dict[str, Any]:
 def _tensors() -> Iterator[torch.Tensor]:
     """Yield plain dense tensors; a DTensor or another subclass holds its numbers in one of these."""
     for item in gc.get_objects():
-        if type(item) not in (torch.Tensor, torch.nn.Parameter):
+        if type(item) not in _PLAIN:
             continue
         for tensor in (item, item.grad if item.is_leaf else None):
-            if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided:
+            if tensor is not None and type(tensor) in _PLAIN and tensor.layout == torch.strided:
                 yield tensor
 
 

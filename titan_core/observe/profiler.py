@@ -70,13 +70,14 @@ class Profiler:
     def _start_if_due(self) -> None:
         freq, active, warmup = self.config.profile_freq, self.config.profiler_active, self.config.profiler_warmup
         if self._running is None and self._step % freq == freq - active - warmup:
-            self._running = torch.profiler.profile(
+            running = torch.profiler.profile(
                 activities=self._activities(),
                 schedule=torch.profiler.schedule(wait=0, warmup=warmup, active=active, repeat=1),
                 record_shapes=True,
                 on_trace_ready=self._write,
             )
-            self._running.start()
+            running.start()
+            self._running = running
 
     def _activities(self) -> list[torch.profiler.ProfilerActivity]:
         activities = [torch.profiler.ProfilerActivity.CPU]
