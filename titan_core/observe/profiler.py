@@ -74,6 +74,7 @@ class Profiler:
                 activities=self._activities(),
                 schedule=torch.profiler.schedule(wait=0, warmup=warmup, active=active, repeat=1),
                 record_shapes=True,
+                acc_events=True,  # one cycle each: nothing piles up, and torch does not warn that it clears
                 on_trace_ready=self._write,
             )
             running.start()
