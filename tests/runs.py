@@ -27,6 +27,7 @@ TINY = {
     "lr_scheduler.warmup_steps": "2",
     "metrics.log_freq": "1",
     "checkpoint.enable": "false",
+    "validation.enable": "false",
     "optimizer.lr": "1e-2",
 }
 

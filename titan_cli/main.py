@@ -28,6 +28,7 @@ COMMANDS = {
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
     "generate": ("titan_cli.commands.generate", "Generate text with a trained model"),
     "bench": ("titan_cli.commands.bench", "Measure speed beside other programs"),
+    "plot": ("titan_cli.commands.plot", "Draw the loss curves of runs"),
     "doctor": ("titan_cli.commands.doctor", "Is this machine ready?"),
     "completions": ("titan_cli.commands.completions", "Complete words in bash, zsh and fish"),
 }

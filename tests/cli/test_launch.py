@@ -169,7 +169,7 @@ def test_options_are_checked(monkeypatch) -> None:
 TINY = [
     "--model.args.dim", "32", "--model.args.n_layers", "2", "--model.args.n_heads", "4", "--model.args.n_kv_heads", "2",
     "--model.args.ffn_dim", "48", "--training.seq_len", "32", "--training.local_batch_size", "2",
-    "--metrics.log_freq", "1", "--training.global_batch_size", "8",
+    "--metrics.log_freq", "1", "--training.global_batch_size", "8", "--validation.no_enable",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from titan_core.nn import ops, rope
 from titan_core.nn.attention import CAUSAL, Mask, attention, document_mask
-from titan_core.nn.loss import linear_cross_entropy
+from titan_core.nn.loss import linear_cross_entropy, loss_and_slope
 from titan_core.nn.random import fill_normal
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -196,13 +196,14 @@ def test_queries_at_the_end_see_all_before_them() -> None:
 
 @pytest.mark.parametrize("ignored", [0, 5, 23])
 @pytest.mark.parametrize("budget", [1, 7 * 50, 1 << 25])
-def test_loss_equals_cross_entropy_of_the_logits(ignored: int, budget: int, monkeypatch) -> None:
+@pytest.mark.parametrize("inner", [None, loss_and_slope])
+def test_loss_equals_cross_entropy_of_the_logits(ignored: int, budget: int, inner, monkeypatch) -> None:
     monkeypatch.setattr("titan_core.nn.loss._CHUNK", budget)
     hidden, weight = random(23, 16).requires_grad_(), random(50, 16, seed=1).requires_grad_()
     labels = torch.randint(50, (23,), generator=torch.Generator().manual_seed(0))
     labels[:ignored] = -100
     rh, rw = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    found = linear_cross_entropy(hidden, weight, labels)
+    found = linear_cross_entropy(hidden, weight, labels, inner)
     expected = F.cross_entropy(rh @ rw.T, labels, ignore_index=-100, reduction="sum")
     assert found.item() == pytest.approx(expected.item() if ignored < 23 else 0.0, rel=1e-5)
     (found * 0.37).backward()

@@ -50,6 +50,8 @@ def train(
         _list(output)
         return
     resolved = _named_run(config_of(ctx, target or DEFAULT_RECIPE), target)
+    if resolved.config.metrics.disable_color_printing:
+        output.color = "never"
     ranks = launch.Ranks.of(nproc, nnodes, node_rank, rdzv)
     problems = checks.check(resolved, ranks.world_size)
     if problems:
@@ -78,6 +80,10 @@ def _train_here(
         output.result("\n".join(f"{topic:<12}{text}" for topic, text in result.rows), **dataclasses.asdict(result))
         return
     if launch.is_main_rank():
+        if resolved.config.job.print_config:
+            from titan_cli.commands.config import as_toml
+
+            output.say(as_toml(resolved))
         output.say(f"{'start':<10}loading torch")
     from titan_core.jobs import train as job
 
@@ -97,7 +103,7 @@ def _epilogue(output: Output, done: TrainResult, target: str | None) -> None:
     else:
         loss = f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}"
         how = f"stopped by {done.stopped_by}" if done.stopped_by else "done"
-        output.say(f"{how:<10}step {done.step}/{done.steps}, {done.tokens:,} tokens, {loss}, {done.seconds:.0f} s")
+        output.say(f"{how:<9} step {done.step}/{done.steps}, {done.tokens:,} tokens, {loss}, {done.seconds:.0f} s")
     name = target or ""
     again = f"titan train {name}".rstrip() + f" --run {done.run}"
     output.say(f"{'made':<10}{done.run}/metrics.jsonl" + (f", {done.checkpoint}" if done.checkpoint else ""))
@@ -110,11 +116,10 @@ def _epilogue(output: Output, done: TrainResult, target: str | None) -> None:
 
 
 def _named_run(resolved: Resolved, target: str | None) -> Resolved:
-    """Give a run that names no folder one of its own, the same for the same command."""
-    if "job.dump_folder" in resolved.sources:
-        return resolved
-    name = Path(target or DEFAULT_RECIPE).stem
-    job = dataclasses.replace(resolved.config.job, dump_folder=os.path.join("outputs", name))
+    """Note where the config came from; a run that names no folder gets one, the same for the same command."""
+    job = dataclasses.replace(resolved.config.job, config_file=target or DEFAULT_RECIPE)
+    if "job.dump_folder" not in resolved.sources:
+        job = dataclasses.replace(job, dump_folder=os.path.join("outputs", Path(target or DEFAULT_RECIPE).stem))
     return dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, job=job))
 
 

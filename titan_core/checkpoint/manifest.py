@@ -24,58 +24,41 @@ def content_hash(data: bytes | memoryview) -> str:
 
 @dataclass
 class Manifest:
-    """`files`: name -> (size, hash) of whole files; `pieces`: data file -> [(offset, length, hash)]."""
+    """`files`: name -> (size, hash) of whole files; `pieces`: data file -> offset -> (length, hash)."""
 
     step: int
     world_size: int
     metrics: dict[str, float] = field(default_factory=dict)
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
-    pieces: dict[str, list[tuple[int, int, str]]] = field(default_factory=dict)
+    pieces: dict[str, dict[int, tuple[int, str]]] = field(default_factory=dict)
 
-    def piece(self, file: str, offset: int) -> tuple[int, str] | None:
-        """Return (length, hash) of the piece at an offset."""
-        for start, length, digest in self.pieces.get(file, ()):
-            if start == offset:
-                return length, digest
-        return None
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the step."""
-        pieces = sum(length for pieces in self.pieces.values() for _, length, _ in pieces)
-        return pieces + sum(size for size, _ in self.files.values())
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes that every file of the step must have."""
+        data = {name: sum(length for length, _ in pieces.values()) for name, pieces in self.pieces.items()}
+        return data | {name: size for name, (size, _) in self.files.items()}
 
     def to_json(self) -> bytes:
-        """Write as JSON."""
-        return json.dumps({"version": VERSION, **vars(self)}, indent=1).encode()
+        """Write as JSON, with a hash of itself."""
+        pieces = {name: [(start, *rest) for start, rest in found.items()] for name, found in self.pieces.items()}
+        tree = {"version": VERSION, **vars(self), "pieces": pieces}
+        return _dump({**tree, "hash": content_hash(_dump(tree))})
 
 
 def read_manifest(storage: Storage, step_path: str) -> Manifest:
-    """Read the manifest of a step; raises `CheckpointError` if it is missing or not one."""
+    """Read the manifest of a step; raises `CheckpointError` if it is missing, damaged or not one."""
     where = f"{storage.root}/{step_path}/{MANIFEST}"
     try:
         with storage.open(f"{step_path}/{MANIFEST}", "rb") as file:
-            tree: dict[str, Any] = json.loads(file.read())
-        if tree["version"] != VERSION:
-            raise CheckpointError(
-                f"this manifest has version {tree['version']}, this titan reads {VERSION}",
-                where=where,
-            )
-        return Manifest(
-            step=int(tree["step"]),
-            world_size=int(tree["world_size"]),
-            metrics=dict(tree["metrics"]),
-            files={name: (int(size), str(digest)) for name, (size, digest) in tree["files"].items()},
-            pieces={
-                name: [(int(start), int(length), str(digest)) for start, length, digest in pieces]
-                for name, pieces in tree["pieces"].items()
-            },
-        )
-    except FileNotFoundError:
+            data = file.read()
+    except (FileNotFoundError, NotADirectoryError):
         tip = "it was not written to the end, or it is not a titan checkpoint"
         raise CheckpointError("the checkpoint has no manifest", where=where, tip=tip) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the manifest cannot be read: {error}", where=where) from error
+    except storage.errors as error:
+        raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
+    try:
+        return _parse(json.loads(data), where)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the manifest is damaged: {error}", where=where) from error
 
 
 def read_checked(storage: Storage, step_path: str, name: str, manifest: Manifest, check: bool) -> bytes:
@@ -86,13 +69,57 @@ def read_checked(storage: Storage, step_path: str, name: str, manifest: Manifest
             data = file.read()
     except FileNotFoundError:
         raise CheckpointError("a file of the checkpoint is missing", where=where) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read: {error.strerror or error}", where=where) from error
-    if check and name in manifest.files:
-        size, digest = manifest.files[name]
-        if len(data) != size:
-            message = f"the file has {len(data)} bytes, the manifest says {size}: it is truncated"
-            raise CheckpointError(message, where=where)
-        if content_hash(data) != digest:
-            raise CheckpointError("the file's hash is not the manifest's: it is damaged", where=where)
+    except storage.errors as error:
+        raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
+    if not check:
+        return data
+    if name not in manifest.files:
+        raise CheckpointError("the manifest does not know this file", where=where)
+    size, digest = manifest.files[name]
+    if len(data) != size:
+        message = f"the file has {len(data)} bytes, the manifest says {size}"
+        raise CheckpointError(message + (": it is truncated" if len(data) < size else ""), where=where)
+    if content_hash(data) != digest:
+        raise CheckpointError("the file's hash is not the manifest's: it is damaged", where=where)
     return data
+
+
+def read_json(storage: Storage, step_path: str, name: str, manifest: Manifest, check: bool) -> dict[str, Any]:
+    """Return a JSON file of a step, checked. Raises `CheckpointError`."""
+    data = read_checked(storage, step_path, name, manifest, check)
+    where = f"{storage.root}/{step_path}/{name}"
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"not a JSON object but a {type(tree).__name__}", where=where)
+    return tree
+
+
+def reason(error: Exception) -> str:
+    """Return what a failed read or write says of itself."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def _parse(tree: dict[str, Any], where: str) -> Manifest:
+    if tree["version"] != VERSION:
+        message = f"this manifest has version {tree['version']}, this titan reads {VERSION}"
+        raise CheckpointError(message, where=where, tip="read it with the titan that wrote it")
+    digest = tree.pop("hash")
+    if digest != content_hash(_dump(tree)):
+        raise CheckpointError("the manifest does not have its own hash: it is damaged", where=where)
+    return Manifest(
+        step=int(tree["step"]),
+        world_size=int(tree["world_size"]),
+        metrics=dict(tree["metrics"]),
+        files={name: (int(size), str(digest)) for name, (size, digest) in tree["files"].items()},
+        pieces={
+            name: {int(start): (int(length), str(digest)) for start, length, digest in pieces}
+            for name, pieces in tree["pieces"].items()
+        },
+    )
+
+
+def _dump(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()

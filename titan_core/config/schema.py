@@ -93,7 +93,7 @@ class Model:
     converters: list[str] = field(default_factory=list)
     """Model converters, applied in this order (quantization)."""
     print_after_conversion: bool = False
-    """Print the model after the converters ran."""
+    """Print the model before training."""
     args: dict[str, Any] = field(default_factory=dict)
     """Sizes that replace the flavor's, e.g. `[model.args] n_layers = 4`."""
 
@@ -127,7 +127,7 @@ class Optimizer:
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay of every parameter whose role is not in `no_decay_roles`."""
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """How the update is computed; `fused` falls back to `foreach` where there is no fused kernel, and says so."""
+    """How the update is computed: one kernel, one call a kind of operation, or parameter by parameter."""
     early_step_in_backward: bool = False
     """Step each parameter as soon as its gradient is ready."""
     no_decay_roles: list[str] = field(default_factory=lambda: ["norm", "bias"])

@@ -10,7 +10,7 @@ from titan_core.declare.parameters import Parameter
 
 GIB = 1 << 30
 _BYTES = {"float32": 4, "bfloat16": 2}
-_LOGITS_AT_ONCE = 1 << 24  # titan_core.nn.loss
+_LOGITS_AT_ONCE = 1 << 25  # titan_core.nn.loss
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,32 @@ Shape letters: N rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-_CHUNK = 1 << 24  # logits of one matmul: 32 MiB in bf16, and enough rows for the matmul to run at full speed
+_CHUNK = 1 << 25  # logits of one matmul: 64 MiB in bf16, and enough rows for the matmul to run at full speed
 _BLOCK = 1 << 20  # logits that the softmax works on at once on a CPU: 4 MiB in fp32, which stays in the cache
 
 
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+LossAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, inner: LossAndSlope | None = None
+) -> Tensor:
     """Return the sum over rows of -log softmax(hidden @ weight.T)[label], fp32; rows labelled -100 count nothing.
 
     Computes in the dtype of `hidden_ND`, with the softmax in fp32. Differentiable in `hidden_ND` and `weight_VD`.
+    `inner` replaces `loss_and_slope`, e.g. by its compiled form.
     """
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N)
+        if inner is None:
+            inner = _blockwise if hidden_ND.device.type == "cpu" else loss_and_slope
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, inner)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     weight = weight_VD.to(hidden_ND.dtype)
     for rows in _slices(hidden_ND.shape[0], _CHUNK // weight.shape[0]):
@@ -37,47 +47,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, inner: LossAndSlope) -> Tensor:
         weight = weight_VD.to(hidden_ND.dtype)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight: Tensor | None = None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for rows in _slices(hidden_ND.shape[0], _CHUNK // weight.shape[0]):
-            slope = hidden_ND[rows] @ weight.T
-            total += _loss_and_slope(slope, labels_N[rows])
+            loss, slope = inner(hidden_ND[rows] @ weight.T, labels_N[rows])
+            total += loss
             torch.mm(slope, weight, out=grad_hidden[rows])
             piece = slope.T @ hidden_ND[rows]
             grad_weight = piece.float() if grad_weight is None else grad_weight.add_(piece)
         assert grad_weight is not None
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype))
+        # Not saved for the backward but handed to it: autograd then takes the buffers as gradients without a copy
+        ctx.gradients = grad_hidden, grad_weight.to(weight_VD.dtype)
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
+        grad_hidden, grad_weight = ctx.gradients
+        del ctx.gradients
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
 
 
-def _loss_and_slope(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Return the sum of the losses of some rows, and replace their logits by softmax - onehot (0 where ignored)."""
+def loss_and_slope(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the losses of some rows, fp32, and softmax - onehot (0 where ignored) in the logits' dtype."""
+    valid = labels_N[:, None] != IGNORE
+    target = labels_N[:, None].clamp_min(0)
+    log_probs = logits_NV.float().log_softmax(-1)
+    loss = -(log_probs.gather(-1, target) * valid).sum()
+    slope = log_probs.exp().scatter_add(-1, target, torch.full_like(target, -1.0, dtype=torch.float32))
+    return loss, (slope * valid).to(logits_NV.dtype)
+
+
+def _blockwise(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `loss_and_slope` does on a few rows at a time, in place: the fp32 numbers stay in a CPU's cache."""
     total = logits_NV.new_zeros((), dtype=torch.float32)
-    step = _BLOCK // logits_NV.shape[1] if logits_NV.device.type == "cpu" else logits_NV.shape[0]
-    for rows in _slices(logits_NV.shape[0], step):
+    for rows in _slices(logits_NV.shape[0], _BLOCK // logits_NV.shape[1]):
         valid = labels_N[rows, None] != IGNORE
         target = labels_N[rows, None].clamp_min(0)
         log_probs = logits_NV[rows].float().log_softmax(-1)
         total -= log_probs.gather(-1, target).mul_(valid).sum()
         slope = log_probs.exp_()
         slope.scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-        if not _all(valid):
+        if not valid.all():
             slope.mul_(valid)
         logits_NV[rows] = slope
-    return total
-
-
-def _all(valid: Tensor) -> bool:
-    """Say whether all rows count, where asking is free; a GPU would have to be waited for."""
-    return valid.device.type == "cpu" and bool(valid.all())
+    return total, logits_NV
 
 
 def _slices(length: int, step: int) -> list[slice]:

@@ -96,11 +96,32 @@ def set_timeout(seconds: float) -> None:
             backend._set_default_timeout(timedelta(seconds=seconds))
 
 
+def _meet_through_slurm(env: Any) -> None:
+    """Meet at the job's first host, on a port that follows from the job's number, unless the environment says else."""
+    hosts = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
+    if hosts:
+        env.setdefault("MASTER_ADDR", first_host(hosts))
+    if "SLURM_JOB_ID" in env:
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def first_host(hosts: str) -> str:
+    """Return the first host of a Slurm list: `node[03-05,9],login` is node03."""
+    prefix, bracket, rest = hosts.partition("[")
+    if not bracket or "," in prefix:
+        return hosts.split(",")[0]
+    number, _, after = rest.partition("]")
+    suffix = after.split(",")[0]
+    return prefix + number.split(",")[0].split("-")[0] + suffix
+
+
 def _backend(kind: str) -> str:
     return "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
 
 
 def _init_process_group(rank: int, size: int, kind: str, timeout_seconds: float) -> None:
+    if "SLURM_PROCID" in os.environ:
+        _meet_through_slurm(os.environ)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         raise UsageError(

@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from titan_core.nn.attention import CAUSAL, Mask, document_mask
-from titan_core.nn.loss import linear_cross_entropy
+from titan_core.nn.loss import LossAndSlope, linear_cross_entropy
 
 
 class TokenBatch(Protocol):
@@ -32,15 +32,17 @@ class TokenBatch(Protocol):
 class CausalLM(nn.Module):
     """A language model together with its loss. A loss is a sum and a weight; only the trainer divides."""
 
-    def __init__(self, model: nn.Module, *, document_masks: bool) -> None:
+    def __init__(self, model: nn.Module, *, document_masks: bool, inner_loss: LossAndSlope | None = None) -> None:
         super().__init__()
         self.model = model
         self.document_masks = document_masks
+        self.inner_loss = inner_loss
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Return the sum of the cross-entropies (nats) of all counted labels, fp32 scalar."""
         hidden_BTD = self.model.hidden(batch.tokens, self.mask(batch))
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.model.head_weight, batch.labels.flatten())
+        labels_N = batch.labels.flatten()
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), self.model.head_weight, labels_N, self.inner_loss)
 
     def mask(self, batch: TokenBatch) -> Mask:
         """Return who may attend to whom."""

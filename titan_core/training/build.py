@@ -14,6 +14,7 @@ from titan_core.data.loader import BatchLoader
 from titan_core.data.tokenizer import Tokenizer, load_tokenizer
 from titan_core.declare.family import Family
 from titan_core.models import resolve
+from titan_core.nn.loss import loss_and_slope
 from titan_core.optim.build import build_optimizer
 from titan_core.parallel import data_parallel
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
@@ -95,8 +96,11 @@ def build_model(
     with torch.device("meta"):
         model = family.build(sizes).to(DTYPES[config.training.dtype])
     document_masks = getattr(sizes, "attention_mask", "causal") == "block_causal"
-    task = CausalLM(model, document_masks=document_masks)
+    compiled = config.compile.enable and "loss" in config.compile.components
+    inner = torch.compile(loss_and_slope, backend=config.compile.backend) if compiled else None
+    task = CausalLM(model, document_masks=document_masks, inner_loss=inner)
     parallel, said = parallelize(task, family.blocks, mesh, config)
+    said += ["compile the loss"] * compiled
     host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
     materialise(model, family.parameters(sizes), seed, host)
     data_parallel.replicate(parallel, mesh, world.device)

@@ -66,6 +66,7 @@ with tempfile.TemporaryDirectory() as folder:
         "training.steps": str(batches.shape[0]),
         "metrics.log_freq": "1",
         "checkpoint.enable": "false",
+        "validation.enable": "false",
         "activation_checkpoint.mode": "none",
     }
     config = load("llama3_debugmodel", list(settings.items())).config
