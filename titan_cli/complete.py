@@ -86,7 +86,7 @@ def candidates(words: list[str], typed: str, root: Any) -> list[tuple[str, str]]
         named = [(name, command.get_command(None, name)) for name in commands(None)]
         return [(name, _first_line(one.help)) for name, one in named if name.startswith(typed)]
     if path in _WITH_RECIPE:
-        from titan_core.config.load import describe, recipes
+        from titan_core.config.catalog import describe, recipes
 
         return [(name, describe(path)) for name, path in recipes().items() if name.startswith(typed)]
     if path == ("config", "explain"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titan_cli.output import Output
 from titan_cli.overrides import Flags
-from titan_core.config.load import Resolved, load
 from titan_core.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from titan_core.config.load import Resolved
 
 
 def output_of(ctx: Any) -> Output:
@@ -22,6 +24,8 @@ def flags_of(ctx: Any) -> Flags:
 
 def config_of(ctx: Any, target: str | None) -> Resolved:
     """Load a recipe or file with the command line's config flags."""
+    from titan_core.config.load import load
+
     return load(target, flags_of(ctx))
 
 

@@ -11,8 +11,9 @@ import pytest
 
 from titan_cli.main import run
 from titan_cli.overrides import split
+from titan_core.config.catalog import describe, recipes
 from titan_core.config.fields import fields
-from titan_core.config.load import choices, recipes
+from titan_core.config.load import choices
 
 COMMANDS = [
     [],
@@ -336,7 +337,7 @@ def test_shown_config_can_be_read_again(name: str, tmp_path: Path, capsys) -> No
 @pytest.mark.parametrize("name", recipes())
 def test_recipes_have_a_description_and_are_valid(name: str, capsys) -> None:
     from titan_core.config.checks import check
-    from titan_core.config.load import describe, load
+    from titan_core.config.load import load
 
     assert len(describe(recipes()[name])) > 10
     assert check(load(name)) == []

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from titan_cli import launch
 from titan_cli.context import config_of, output_of
 from titan_cli.output import Output
-from titan_core.config import checks
-from titan_core.config.load import Resolved, describe, recipes
-from titan_core.runtime.errors import ConfigError, UsageError
+from titan_core.config.catalog import describe, recipes
+from titan_core.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
+    from titan_cli.launch import Ranks
+    from titan_core.config.load import Resolved
     from titan_core.jobs.train import TrainResult
 
 DEFAULT_RECIPE = "llama3_debugmodel"
@@ -49,6 +49,9 @@ def train(
     if list_recipes:
         _list(output)
         return
+    from titan_cli import launch  # not for --list, which is held to its start-up budget
+    from titan_core.config import checks
+
     resolved = _named_run(config_of(ctx, target or DEFAULT_RECIPE), target)
     if resolved.config.metrics.disable_color_printing:
         output.color = "never"
@@ -69,8 +72,9 @@ def _train_here(
     until: int | None,
     allow_change: list[str],
     dry_run: bool,
-    ranks: launch.Ranks,
+    ranks: Ranks,
 ) -> None:
+    from titan_cli import launch
     from titan_cli.display import Display
 
     if dry_run:
@@ -127,6 +131,3 @@ def _list(output: Output) -> None:
     known = {name: describe(path) for name, path in recipes().items()}
     width = max(map(len, known))
     output.result("\n".join(f"{name:<{width}}  {text}" for name, text in known.items()), recipes=known)
-
-
-__all__ = ["UsageError", "app"]

@@ -15,11 +15,10 @@ from typing import Any, Literal
 import msgspec
 import tomli
 
+from titan_core.config.catalog import RECIPES, recipes
 from titan_core.config.fields import Field, fields, sections, suggest
 from titan_core.config.schema import Config
 from titan_core.runtime.errors import ConfigError, Problem
-
-RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,6 @@ class Resolved:
     config: Config
     sources: dict[str, Source] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def recipes() -> dict[str, Path]:
-    """Return the recipes that ship with titan, by name."""
-    return {path.stem: path for path in sorted(RECIPES.glob("*.toml"))}
-
-
-def describe(path: Path) -> str:
-    """Return the first comment line of a recipe: its one-line description."""
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
 def load(target: str | None, flags: list[tuple[str, str | None]] | None = None) -> Resolved:
