@@ -29,6 +29,7 @@ class Display:
     def __init__(self, output: Output) -> None:
         self.output = output
         self._losses: list[float] = []
+        self._eta: float | None = None
         self._live: Any = None
 
     def __enter__(self) -> Display:
@@ -50,8 +51,9 @@ class Display:
     def _show(self, event: Event) -> None:
         if isinstance(event, StepDone):
             self._losses.append(event.loss)
+            self._eta = event.eta_seconds
             self._line(step_line(event))
-            self._update(event)
+            self._update(event.step, event.steps)
         elif isinstance(event, Planned):
             for topic, text in event.rows:
                 self._line(f"{self.output.style(f'{topic:<10}', 'bold')}{text}")
@@ -68,6 +70,8 @@ class Display:
                 f"{self.output.style('saved', 'good')}     {event.path}  {size(event.bytes)} "
                 f"in {event.seconds:.1f} s{stall}"
             )
+        elif isinstance(event, Progress) and event.what == "step":
+            self._update(int(event.done), int(event.total or 0))
         elif isinstance(event, Progress):
             total = "" if event.total is None else f" / {event.total:,.0f}"
             self._line(f"{event.what:<10}{event.done:,.0f}{total} {event.unit}")
@@ -84,18 +88,18 @@ class Display:
             sys.stderr.write(self._live)
             sys.stderr.flush()
 
-    def _update(self, event: StepDone) -> None:
+    def _update(self, step: int, steps: int) -> None:
         """Draw the live line: how far, the curve of the loss, how long still."""
-        if not self.output.live():
+        if not self.output.live() or not self._losses:
             return
-        done = event.step / event.steps
+        done = step / steps
         bar = ("━" * round(24 * done)).ljust(24, "╌")
-        eta = "" if event.eta_seconds is None else f"  {duration(event.eta_seconds)} left"
-        text = f"{bar} {100 * done:3.0f} %  {sparkline(self._losses)}{eta}"
+        eta = "" if self._eta is None else f"  {duration(self._eta)} left"
+        text = f"{bar} step {step}/{steps}  {sparkline(self._losses)}{eta}"
         self._live = self.output.style(text, "good")
         sys.stderr.write(f"\r\033[2K{self._live}")
         sys.stderr.flush()
-        if event.step >= event.steps:
+        if step >= steps:
             self._end_live()
 
     def _end_live(self) -> None:

@@ -21,6 +21,7 @@ from titan_core.observe.profiler import Profiler
 from titan_core.optim.build import set_lr
 from titan_core.optim.schedule import lr_factor
 from titan_core.parallel.data_parallel import DTYPES
+from titan_core.runtime import events
 from titan_core.runtime.distributed import set_timeout
 from titan_core.runtime.errors import RunFailed
 from titan_core.runtime.events import Listener, Note, StepDone, Warned
@@ -149,6 +150,8 @@ class Trainer:
         freq = self.parts.config.metrics.log_freq
         if step == 1 or step % freq == 0 or step == self.parts.config.training.steps:
             self._log(step, outcome, lr)
+        else:
+            self.listener(events.Progress("step", step, self.parts.config.training.steps, "steps"))
 
     def _log(self, step: int, outcome: Outcome, lr: float) -> None:
         done: StepDone = self._meter.report(
