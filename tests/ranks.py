@@ -48,7 +48,7 @@ def _fork(
     pid = os.fork()
     if pid:
         return pid
-    code = 1
+    code, result = 1, folder / f"{rank}.pkl"
     try:
         names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
         os.environ.update({name: str(value) for name, value in names.items()})
@@ -56,12 +56,12 @@ def _fork(
         store = dist.FileStore(str(folder / "store"), size)
         limit = timedelta(seconds=min(timeout, 30))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
-        outcome = ("ok", function(*args))
+        result.write_bytes(pickle.dumps(("ok", function(*args))))
         code = 0
     except BaseException:  # the traceback is the result
-        outcome = ("failed", traceback.format_exc())
-    (folder / f"{rank}.pkl").write_bytes(pickle.dumps(outcome))
-    os._exit(code)
+        result.write_bytes(pickle.dumps(("failed", traceback.format_exc())))
+    finally:
+        os._exit(code)  # never back into the caller: that would be a second pytest
 
 
 def _wait(pids: list[int], timeout: float) -> None:

@@ -6,14 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from titan_core.checkpoint.checkpointer import Checkpointer, Loaded, Snapshot
+    from titan_core.checkpoint.checkpointer import Checkpointer, Loaded
     from titan_core.checkpoint.inspect import find_step, read_shared, tensor_index, verify
     from titan_core.checkpoint.reader import load_tensors
+    from titan_core.checkpoint.saving import Snapshot
 
 _WHERE = {
     "Checkpointer": "checkpointer",
     "Loaded": "checkpointer",
-    "Snapshot": "checkpointer",
+    "Snapshot": "saving",
     "find_step": "inspect",
     "read_shared": "inspect",
     "tensor_index": "inspect",

@@ -69,7 +69,7 @@ class Ranks:
             if share:
                 result = outcomes[0][1]
         if error is not None:
-            raise error from cause
+            raise error from (cause if cause is not error else None)
         return result  # pyright: ignore[reportReturnType]
 
     def gather(self, value: Any, where: str) -> list[Any]:

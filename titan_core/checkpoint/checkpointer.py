@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from titan_core.checkpoint.manifest import Manifest, read_checked, read_manifest
-from titan_core.checkpoint.reader import quiet_dcp, read_into
+from titan_core.checkpoint.agreement import Ranks, explain
+from titan_core.checkpoint.manifest import read_json, read_manifest
+from titan_core.checkpoint.places import open_storage
+from titan_core.checkpoint.reader import Mismatch, read_into
 from titan_core.checkpoint.retention import to_remove
+from titan_core.checkpoint.saving import SHARED, Snapshot, rank_file, write_step
 from titan_core.checkpoint.staging import Stage
-from titan_core.checkpoint.storage import MANIFEST, open_storage
-from titan_core.checkpoint.writer import Writer
 from titan_core.config import schema
-from titan_core.runtime.errors import CheckpointError, RunFailed
+from titan_core.runtime.errors import CheckpointError
 from titan_core.runtime.events import Listener, Saved, Warned, silent
-
-SHARED = "shared.json"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What is saved: tensors by their DCP names; JSON that is the same on every rank; JSON of this rank; and small
-    files that belong to the step (name -> content), from the main rank."""
-
-    tensors: dict[str, Tensor]
-    shared: dict[str, Any]
-    own: dict[str, Any]
-    files: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,11 @@ class Loaded:
 
 
 class Checkpointer:
-    """The checkpoints of one run, at a folder or a URL. Every rank constructs one and calls the same methods."""
+    """The checkpoints of one run, at a folder or a URL. Every rank constructs one and calls the same methods.
+
+    The listener is called in the caller's thread, on the main rank: what a background save has to say is said by the
+    next `save`, `wait_staged` or `finish`.
+    """
 
     def __init__(
         self,
@@ -63,21 +53,26 @@ class Checkpointer:
     ) -> None:
         self.storage = open_storage(root)
         self.config = config
-        self.rank, self.size = rank, size
+        self.ranks = Ranks.apart(rank, size)
         self.listener = listener
-        self._group = dist.new_group(backend="gloo") if size > 1 else None
         self._stage = Stage(pinned=config.async_mode == "async_with_pinned_mem")
         self._thread: threading.Thread | None = None
         self._staged = threading.Event()
         self._staged.set()
         self._error: Exception | None = None
+        self._stall = 0.0
+        self._to_say: list[Callable[[], Saved | Warned]] = []
+        self._aside = ThreadPoolExecutor(1, "titan-remove")
+        self._removals: list[Future[None]] = []
         self._protected: int | None = None
-        if rank == 0 and not config.load_only:
-            self.storage.clean()
+        self._metrics: dict[int, dict[str, float]] = {}
+        if self.ranks.is_main and not config.load_only:
+            self._or_warn(self.storage.clean)
+            self._say()
 
     def steps(self) -> list[int]:
-        """Return the complete checkpoints, in order."""
-        return self.storage.steps()
+        """Return the complete checkpoints, in order. Raises `CheckpointError` if the place cannot be read."""
+        return self._local(self.storage.steps)
 
     def newest(self) -> int | None:
         """Return the newest complete checkpoint."""
@@ -87,6 +82,8 @@ class Checkpointer:
     def path(self, step: int) -> str:
         """Return where a checkpoint lies."""
         return f"{self.storage.root}/{self.storage.path(step)}"
+
+    # ------------------------------------------------------------------------------------------ saving
 
     def save(
         self,
@@ -101,59 +98,125 @@ class Checkpointer:
         A save that is still under way is waited for, and what failed in it is raised here as `CheckpointError`.
         """
         began = time.perf_counter()
-        self.finish()
+        self._join()
+        texts = snapshot.texts(self.ranks.rank)  # now: the trainer goes on to change what they are made of
         if blocking:
-            self._write(step, snapshot, snapshot.tensors, metrics or {}, began, time.perf_counter)
+            self._write(step, snapshot.tensors, texts, metrics or {}, began)
+            self._stall = time.perf_counter() - began
+            self._say()
             return
-        fence = self._stage.fence()
+        fence = self._stage.fence(snapshot.tensors)
         self._staged.clear()
-        stall = time.perf_counter() - began
 
         def work() -> None:
             try:
-                self._stage.wait(fence)
-                try:
-                    copies = self._stage.copy(snapshot.tensors)
-                finally:
-                    self._staged.set()
-                self._write(step, snapshot, copies, metrics or {}, began, lambda: began + stall)
+                copies = self.ranks.agree(lambda: self._copy(snapshot.tensors, fence), self.storage.root)
+                self._write(step, copies, texts, metrics or {}, began)
             except Exception as error:  # raised in the training thread by the next call
                 self._error = error
 
         self._thread = threading.Thread(target=work, name="titan-save", daemon=False)
         self._thread.start()
+        self._stall = time.perf_counter() - began
 
     def wait_staged(self) -> None:
         """Wait until a background save has its copy of the tensors: after this they may change."""
-        self._staged.wait()
+        if not self._staged.is_set():
+            began = time.perf_counter()
+            self._staged.wait()
+            self._stall += time.perf_counter() - began
+        self._say()
 
     def finish(self) -> None:
-        """Wait for a background save and raise what failed in it."""
+        """Wait for a background save and for removals, and raise what failed in the save."""
+        self._join()
+        for removal in self._removals:
+            removal.result()
+        self._removals.clear()
+        self._say()
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self._say()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
+    def _copy(self, tensors: dict[str, Tensor], fence: Any) -> dict[str, Tensor]:
+        try:
+            return self._stage.copy(tensors, fence)
+        finally:
+            self._staged.set()
+
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], texts: dict[str, bytes], metrics: dict[str, float], began: float
+    ) -> None:
+        manifest = write_step(self.storage, self.ranks, step, tensors, texts, metrics)
+        self._protected = step
+        if self.ranks.is_main:
+            seconds, num_bytes = time.perf_counter() - began, sum(manifest.sizes().values())
+            self._to_say.append(lambda: Saved(step, self.path(step), num_bytes, seconds, self._stall))
+            self._metrics[step] = manifest.metrics
+            self._retain()
+
+    def _say(self) -> None:
+        """Tell the listener, in the caller's thread, what a background save has left to say."""
+        while self._to_say:
+            self.listener(self._to_say.pop(0)())
+
+    # ------------------------------------------------------------------------------------------ retention
+
+    def _retain(self) -> None:
+        """Hide what the retention rules no longer keep, and remove it aside; a failure is only reported."""
+        self._or_warn(self._hide_what_may_go)
+        sweep = self._aside.submit(self._or_warn, self.storage.sweep)
+        self._removals = [r for r in self._removals if not r.done()] + [sweep]
+
+    def _hide_what_may_go(self) -> None:
+        steps = self.storage.steps()
+        for step in to_remove(steps, self._scores(steps), self.config, self._protected):
+            self.storage.hide(step)
+
+    def _scores(self, steps: list[int]) -> dict[int, dict[str, float]]:
+        """Return the metrics of every step, read once; a step whose manifest is damaged has none."""
+        for step in steps if self.config.keep_best_k else []:
+            if step not in self._metrics:
+                try:
+                    self._metrics[step] = read_manifest(self.storage, self.storage.path(step)).metrics
+                except CheckpointError:
+                    self._metrics[step] = {}
+        return self._metrics
+
+    def _or_warn(self, work: Callable[[], None]) -> None:
+        """Do what may fail without harm to the run."""
+        try:
+            work()
+        except self.storage.errors as error:
+            text = f"an old checkpoint could not be removed: {explain(error, self.storage.root)}"
+            self._to_say.append(lambda: Warned(text))
+
+    # ------------------------------------------------------------------------------------------ loading
+
     def load(self, tensors: dict[str, Tensor], step: int = -1) -> Loaded | None:
         """Fill `tensors` in place from a step, or from the newest complete one (-1); None if there is none at all.
 
-        With -1 a damaged checkpoint is reported and the one before it taken; a step that was asked for must be sound.
+        With -1 a damaged checkpoint is reported and the one before it taken, by all ranks alike; a step that was asked
+        for must be sound. Tensors of another shape or name are an error in either case.
         """
-        self.finish()
-        wanted = self._broadcast(self.steps() if step < 0 else [step])
-        if step >= 0 and step not in self._broadcast(self.steps()):
-            raise self._no_step(step)
+        self._join()
         skipped: list[tuple[int, str]] = []
-        for candidate in reversed(wanted):
+        for candidate in reversed(self._candidates(step)):
             try:
-                shared, own = self._agreed(lambda c=candidate: self._load_one(c, tensors))
+                shared, own = self._load_one(candidate, tensors)
+            except Mismatch:
+                raise
             except CheckpointError as error:
                 if step >= 0:
                     raise
                 skipped.append((candidate, str(error)))
-                if self.rank == 0:
+                if self.ranks.is_main:
                     self.listener(Warned(f"checkpoint step-{candidate} cannot be read and is passed over: {error}"))
                 continue
             self._protected = candidate
@@ -162,175 +225,48 @@ class Checkpointer:
             raise CheckpointError(
                 f"none of the {len(skipped)} checkpoints can be read; the newest: {skipped[0][1]}",
                 where=self.storage.root,
-                tip="start afresh with another `--run` folder, or `--resume never`",
+                tip="start afresh with another `--run` folder",
             )
         return None
 
     def peek(self, step: int = -1) -> dict[str, Any] | None:
         """Return the shared state of a step (-1: the newest that can be read) without its tensors."""
-        candidates = self._broadcast(self.steps() if step < 0 else [step])
-        for candidate in reversed(candidates):
+        for candidate in reversed(self._candidates(step)):
             try:
-                return self._agreed(lambda c=candidate: self._read_json(c))[0]
+                return self.ranks.agree(lambda c=candidate: self._read_json(c)[0], self.storage.root)
             except CheckpointError:
                 if step >= 0:
                     raise
         return None
 
-    # ------------------------------------------------------------------------------------------ one save
+    def _candidates(self, step: int) -> list[int]:
+        """Return the steps to try, the newest last, as the main rank sees them."""
+        steps = self.ranks.agree(self.storage.steps, self.storage.root, share=True)
+        if step < 0:
+            return steps
+        if step not in steps:
+            have = ", ".join(map(str, steps[-8:])) or "none"
+            message = f"there is no complete checkpoint of step {step}"
+            raise CheckpointError(message, where=self.storage.root, tip=f"complete: {have}")
+        return [step]
 
-    def _write(
-        self,
-        step: int,
-        snapshot: Snapshot,
-        tensors: dict[str, Tensor],
-        metrics: dict[str, float],
-        began: float,
-        stalled_until: Callable[[], float],
-    ) -> None:
-        try:
-            folder = self._agreed(lambda: self._begin(step))
-            writer = Writer(self.storage, folder, self.rank)
-            self._agreed(lambda: self._write_tensors(writer, tensors))
-            self._agreed(lambda: self._write_files(writer, snapshot))
-            written = self._gather((writer.pieces, writer.files))
-            manifest = Manifest(step, self.size, metrics)
-            for pieces, files in written:
-                manifest.pieces.update(pieces)
-                manifest.files.update(files)
-            self._agreed(lambda: self._commit(writer, manifest))
-        except CheckpointError:
-            if self.rank == 0:
-                self.storage.abandon(step)
-            raise
-        self._protected = step
-        if self.rank == 0:
-            seconds, stall = time.perf_counter() - began, stalled_until() - began
-            self.listener(Saved(step, self.path(step), manifest.num_bytes, seconds, stall))
-            self._retain()
-
-    def _begin(self, step: int) -> str:
-        return self.storage.begin(step) if self.rank == 0 else ""
-
-    def _write_tensors(self, writer: Writer, tensors: dict[str, Tensor]) -> None:
-        try:
-            with quiet_dcp():
-                dcp.save(dict(tensors), storage_writer=writer, process_group=self._group, no_dist=self.size == 1)
-        except dcp.api.CheckpointException as error:
-            rank, (cause, _) = min(error.failures.items())
-            if isinstance(cause, OSError):
-                raise cause from None
-            raise CheckpointError(f"saving failed on rank {rank}: {cause}", where=self.storage.root) from error
-
-    def _write_files(self, writer: Writer, snapshot: Snapshot) -> None:
-        writer.write_file(f"ranks/{self.rank}.json", json.dumps(snapshot.own).encode())
-        if self.rank == 0:
-            writer.write_file(SHARED, json.dumps(snapshot.shared).encode())
-            for name, content in snapshot.files.items():
-                writer.write_file(name, content)
-
-    def _commit(self, writer: Writer, manifest: Manifest) -> None:
-        if self.rank == 0:
-            with self.storage.open(f"{writer.folder}/{MANIFEST}", "wb") as file:
-                file.write(manifest.to_json())
-            self.storage.commit(manifest.step)
-
-    def _retain(self) -> None:
-        """Remove what the retention rules no longer keep; a failure to remove is only reported."""
-        try:
-            steps = self.steps()
-            metrics = {}
-            if self.config.keep_best_k:
-                metrics = {s: read_manifest(self.storage, self.storage.path(s)).metrics for s in steps}
-            for step in to_remove(steps, metrics, self.config, self._protected):
-                self.storage.remove(step)
-        except (OSError, CheckpointError) as error:
-            self.listener(Warned(f"an old checkpoint could not be removed: {error}"))
-
-    # ------------------------------------------------------------------------------------------ one load
-
-    def _load_one(self, step: int, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], Any]:
-        loaded = self._read_json(step)
-        read_into(
-            self.storage,
-            self.storage.path(step),
-            tensors,
-            check=self.config.verify,
-            group=self._group,
-        )
+    def _load_one(self, step: int, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        root, path, check = self.storage.root, self.storage.path(step), self.config.verify
+        loaded = self.ranks.agree(lambda: self._read_json(step), root)
+        self.ranks.agree(lambda: read_into(self.storage, path, tensors, check=check, strict=False), root)
         return loaded
 
-    def _read_json(self, step: int) -> tuple[dict[str, Any], Any]:
+    def _read_json(self, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         path, check = self.storage.path(step), self.config.verify
         manifest = read_manifest(self.storage, path)
-        shared = _json(read_checked(self.storage, path, SHARED, manifest, check), self.path(step))
-        own = None
-        if manifest.world_size == self.size:
-            name = f"ranks/{self.rank}.json"
-            own = _json(read_checked(self.storage, path, name, manifest, check), self.path(step))
-        return shared, own
+        shared = read_json(self.storage, path, SHARED, manifest, check)
+        if manifest.world_size != self.ranks.size:
+            return shared, None
+        return shared, read_json(self.storage, path, rank_file(self.ranks.rank), manifest, check)
 
-    def _no_step(self, step: int) -> CheckpointError:
-        steps = self.steps()
-        have = ", ".join(map(str, steps[-8:])) or "none"
-        return CheckpointError(
-            f"there is no complete checkpoint of step {step}",
-            where=self.storage.root,
-            tip=f"complete: {have}",
-        )
-
-    # ------------------------------------------------------------------------------------------ agreement
-
-    def _agreed(self, work: Callable[[], Any]) -> Any:
-        """Do something on every rank; if it fails on any, raise the same error on all. Rank 0's strings are shared."""
-        result, error, bug = None, None, None
+    def _local(self, work: Callable[[], Any]) -> Any:
+        """Do something on this rank alone, with errors for people."""
         try:
-            result = work()
-        except CheckpointError as caught:
-            error = caught
-        except OSError as caught:
-            error = _os_error(caught, self.storage.root)
-        except Exception as caught:  # a bug here must not leave the other ranks waiting
-            bug = caught
-            error = RunFailed(f"rank {self.rank} failed: {type(caught).__name__}: {caught}")
-        if self.size > 1:
-            outcomes = self._gather((error, result if isinstance(result, str) else None))
-            error = next((e for e, _ in outcomes if e is not None), None)
-            if isinstance(result, str):
-                result = outcomes[0][1]
-        if bug is not None:
-            raise bug
-        if error is not None:
-            raise error
-        return result
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-    def _broadcast(self, value: Any) -> Any:
-        return self._gather(value)[0]
-
-
-def _json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"not valid JSON: {error}", where=where) from error
-
-
-def _os_error(error: OSError, where: str) -> CheckpointError:
-    tips = {
-        28: "free some space, or lower checkpoint.keep_latest_k; the checkpoints before it are whole",
-        30: "the file system is read-only: choose another `--run` folder",
-        13: "you may not write there: choose another `--run` folder",
-    }
-    reason = error.strerror or str(error)
-    return CheckpointError(
-        f"cannot write or read the checkpoint: {reason}",
-        where=where,
-        tip=tips.get(error.errno or 0),
-    )
+            return work()
+        except self.storage.errors as error:
+            raise explain(error, self.storage.root, self.ranks.rank) from error

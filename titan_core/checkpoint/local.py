@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_core.checkpoint.storage import MANIFEST, STEP
+from titan_core.runtime.errors import CheckpointError
 
 _HIDDEN = re.compile(r"\.step-(\d+)\.(?:(old|removed-\d+)\.)?partial$")
 
@@ -19,7 +21,7 @@ _HIDDEN = re.compile(r"\.step-(\d+)\.(?:(old|removed-\d+)\.)?partial$")
 class LocalStorage:
     """A folder."""
 
-    errors = (OSError,)
+    errors: tuple[type[Exception], ...] = (OSError,)
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -30,7 +32,13 @@ class LocalStorage:
         """Make an empty hidden folder, and hold a lock on it that says that its writer is alive."""
         partial = self._folder / self.pending(step)
         if partial.exists():
-            shutil.rmtree(partial)
+            if _is_locked(partial):
+                raise CheckpointError(
+                    f"another process is writing step {step} here",
+                    where=str(partial),
+                    tip="two runs cannot share a folder: choose another `--run`",
+                )
+            _remove(partial)
         partial.mkdir(parents=True)
         self._locks[step] = os.open(partial, os.O_RDONLY)
         _lock(self._locks[step])
@@ -96,7 +104,7 @@ class LocalStorage:
         """Remove hidden steps, and old ones whose successor is there."""
         for step, kind, path in self._hidden():
             if kind is not None and (kind != "old" or (self._folder / self.path(step)).exists()):
-                shutil.rmtree(path)
+                _remove(path)
 
     def clean(self) -> None:
         """Bring back a step whose writer died between the two renames of a commit; remove what else dead runs left."""
@@ -104,7 +112,7 @@ class LocalStorage:
             if kind == "old" and not (self._folder / self.path(step)).exists():
                 path.rename(self._folder / self.path(step))
             elif kind is None and not _is_locked(path):
-                shutil.rmtree(path)
+                _remove(path)
         self.sweep()
 
     def _hidden(self) -> list[tuple[int, str | None, Path]]:
@@ -131,6 +139,13 @@ class _Synced(io.FileIO):
             os.fsync(self.fileno())
         finally:
             super().close()
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also while another process removes it."""
+    while folder.exists():
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _sync_folder(folder: str | Path) -> None:

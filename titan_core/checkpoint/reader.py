@@ -10,15 +10,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from titan_core.checkpoint.manifest import Manifest, content_hash, read_checked, read_manifest
-from titan_core.checkpoint.storage import Storage, open_storage
+from titan_core.checkpoint.agreement import Ranks
+from titan_core.checkpoint.manifest import Manifest, content_hash, read_checked, read_manifest, reason
+from titan_core.checkpoint.places import split
+from titan_core.checkpoint.storage import Storage
 from titan_core.checkpoint.writer import METADATA
 from titan_core.runtime.errors import CheckpointError
 
@@ -45,6 +46,10 @@ _ALLOWED = {
         )
     ),
 }
+
+
+class Mismatch(CheckpointError):
+    """The checkpoint is whole, but holds other tensors than those asked for."""
 
 
 class _SafeUnpickler(pickle.Unpickler):
@@ -104,22 +109,17 @@ class Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read, check and copy piece by piece; a piece that several items need is read once."""
-        by_piece: dict[Any, list[Any]] = {}
+        by_file: dict[str, dict[tuple[int, int], list[ReadItem]]] = {}
         for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                message = f"`{item.storage_index.fqn}` is not a tensor, and is not read"
-                raise CheckpointError(message, where=f"{self.storage.root}/{self.step_path}")
             info = self.metadata.storage_data[item.storage_index]
-            by_piece.setdefault((info.relative_path, info.offset, info.length), []).append(item)
-        for (name, offset, length), items in sorted(by_piece.items(), key=lambda entry: entry[0]):
-            stored = self.read_piece(name, offset, length)
-            for item in items:
-                source = stored
-                for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    source = source.narrow(dim, start, size)
-                target = planner.resolve_tensor(item).detach()
-                target.copy_(source)
-                planner.commit_tensor(item, target)
+            pieces = by_file.setdefault(info.relative_path, {})
+            pieces.setdefault((info.offset, info.length), []).append(item)
+        for name, pieces in sorted(by_file.items()):
+            with self.open(name) as file:
+                for (offset, length), items in sorted(pieces.items(), key=lambda entry: entry[0]):
+                    stored = self.read_piece(file, name, offset, length)
+                    for item in items:
+                        _fill(planner, item, stored)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -129,42 +129,59 @@ class Reader(StorageReader):
         """Accept everything: the place is given to the constructor."""
         return True
 
-    def read_piece(self, name: str, offset: int, length: int) -> torch.Tensor:
-        """Return one stored tensor, checked. Raises `CheckpointError`."""
-        where = f"{self.storage.root}/{self.step_path}/{name}"
+    def open(self, name: str) -> Any:
+        """Open a data file. Raises `CheckpointError`."""
         try:
-            with self.storage.open(f"{self.step_path}/{name}", "rb") as file:
-                file.seek(offset)
-                data = file.read(length)
+            return self.storage.open(f"{self.step_path}/{name}", "rb")
         except FileNotFoundError:
-            raise CheckpointError("a file of the checkpoint is missing", where=where) from None
-        except OSError as error:
-            raise CheckpointError(f"cannot read: {error.strerror or error}", where=where) from error
+            raise CheckpointError("a file of the checkpoint is missing", where=self._where(name)) from None
+        except self.storage.errors as error:
+            raise CheckpointError(f"cannot read: {reason(error)}", where=self._where(name)) from error
+
+    def read_piece(self, file: Any, name: str, offset: int, length: int) -> torch.Tensor:
+        """Return one stored tensor of an open data file, checked. Raises `CheckpointError`."""
+        where = self._where(name)
+        try:
+            file.seek(offset)
+            data = file.read(length)
+        except self.storage.errors as error:
+            raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
         if len(data) != length:
             raise CheckpointError(f"the file ends before byte {offset + length}: it is truncated", where=where)
-        if self.check:
-            known = self.manifest.piece(name, offset)
-            if known is None or known != (length, content_hash(data)):
-                message = f"bytes {offset} to {offset + length} do not have the manifest's hash: damaged"
-                raise CheckpointError(message, where=where)
+        if self.check and self.manifest.pieces.get(name, {}).get(offset) != (length, content_hash(data)):
+            message = f"bytes {offset} to {offset + length} do not have the manifest's hash: damaged"
+            raise CheckpointError(message, where=where)
         try:
             stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # damaged archives raise nearly anything
-            reason = str(error).split("\n")[0]
-            raise CheckpointError(f"cannot read a tensor at byte {offset}: {reason}", where=where) from error
+            first_line = str(error).split("\n", 1)[0]
+            raise CheckpointError(f"cannot read a tensor at byte {offset}: {first_line}", where=where) from error
         if not isinstance(stored, torch.Tensor):
             raise CheckpointError(f"what lies at byte {offset} is not a tensor", where=where)
         return stored
 
+    def _where(self, name: str) -> str:
+        return f"{self.storage.root}/{self.step_path}/{name}"
 
-def load_tensors(step_path: str, tensors: Mapping[str, torch.Tensor], *, check: bool = True, group: Any = None) -> None:
+
+def load_tensors(
+    step_path: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    check: bool = True,
+    strict: bool = True,
+    group: Any = None,
+) -> None:
     """Fill tensors (or DTensors, of any layout) from a step, in place; each rank reads only what it needs.
 
-    Works with and without a process group. Raises `CheckpointError` if a tensor is missing, has another shape, or is
-    damaged; tensors of the checkpoint that are not asked for are left alone.
+    Works with and without a process group; with one, every rank calls it, and if it fails on one it fails on all.
+    Floating-point values are cast to the dtype of the target. Raises `CheckpointError` if a tensor is missing, has
+    another shape or kind of number, or is damaged, and, if `strict`, if the step has weights that are not asked for
+    (`optimizer.*` is left alone).
     """
-    root, _, folder = step_path.rstrip("/").rpartition("/")
-    read_into(open_storage(root or "."), folder, tensors, check=check, group=group)
+    storage, folder = split(step_path)
+    ranks = Ranks.present(group)
+    ranks.agree(lambda: read_into(storage, folder, tensors, check=check, strict=strict), step_path)
 
 
 def read_into(
@@ -173,17 +190,20 @@ def read_into(
     tensors: Mapping[str, torch.Tensor],
     *,
     check: bool,
-    group: Any,
+    strict: bool,
 ) -> None:
-    """Fill tensors from a step of a storage; see `load_tensors`."""
+    """Fill tensors from a step of a storage, without a word to other ranks; see `load_tensors`."""
     reader = Reader(storage, step_path, check=check)
-    _check_names(reader, tensors)
-    alone = not (dist.is_available() and dist.is_initialized())
+    _check_names(reader, tensors, strict)
     try:
         with quiet_dcp():
-            dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
+            dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     except dcp.api.CheckpointException as error:
-        raise _first_cause(error, f"{storage.root}/{step_path}") from None
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, CheckpointError):
+            raise cause from None
+        where = f"{storage.root}/{step_path}"
+        raise CheckpointError(f"loading failed: {type(cause).__name__}: {cause}", where=where) from error
 
 
 @contextlib.contextmanager
@@ -194,32 +214,43 @@ def quiet_dcp() -> Iterator[None]:
         yield
 
 
-def _check_names(reader: Reader, tensors: Mapping[str, torch.Tensor]) -> None:
+def _fill(planner: LoadPlanner, item: ReadItem, stored: torch.Tensor) -> None:
+    """Copy the part of a stored piece that an item asks for into its target."""
+    for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        stored = stored.narrow(dim, start, size)
+    target = planner.resolve_tensor(item).detach()
+    target.copy_(stored)
+    planner.commit_tensor(item, target)
+
+
+def _check_names(reader: Reader, tensors: Mapping[str, torch.Tensor], strict: bool) -> None:
     known = reader.metadata.state_dict_metadata
     where = f"{reader.storage.root}/{reader.step_path}"
     missing = [name for name in tensors if name not in known]
     if missing:
-        names = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         tip = "is it the checkpoint of another model, or of weights only?"
-        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensors: {names}", where=where, tip=tip)
-    wrong = []
-    for name, tensor in tensors.items():
-        entry = known[name]
-        if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"`{name}` is not a tensor, and is not read", where=where)
-        if tuple(entry.size) != tuple(tensor.shape):
-            wrong.append(f"{name} is {tuple(entry.size)}, wanted {tuple(tensor.shape)}")
+        raise Mismatch(f"the checkpoint lacks {len(missing)} tensors: {_some(missing)}", where=where, tip=tip)
+    wrong = [text for name, tensor in tensors.items() if (text := _difference(name, tensor, known[name]))]
     if wrong:
-        raise CheckpointError(
-            f"{len(wrong)} tensors have another shape: " + "; ".join(wrong[:4]),
-            where=where,
-            tip="is it the checkpoint of another flavor?",
-        )
+        message = f"{len(wrong)} tensors differ: {_some(wrong, '; ')}"
+        raise Mismatch(message, where=where, tip="is it the checkpoint of another flavor?")
+    unasked = [name for name in known if name not in tensors and not name.startswith("optimizer.")]
+    if strict and unasked:
+        message = f"the checkpoint has {len(unasked)} tensors that the model lacks: {_some(unasked)}"
+        raise Mismatch(message, where=where, tip="is it the checkpoint of another model?")
 
 
-def _first_cause(error: Any, where: str) -> CheckpointError:
-    """Return the error of the first rank that failed."""
-    rank, (cause, _) = min(error.failures.items())
-    if isinstance(cause, CheckpointError):
-        return CheckpointError(cause.message, where=cause.where, tip=cause.tip)
-    return CheckpointError(f"loading failed on rank {rank}: {cause}", where=where)
+def _difference(name: str, tensor: torch.Tensor, entry: Any) -> str | None:
+    """Return how a stored entry differs from the tensor that it should fill."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return f"{name} is not a tensor, and is not read"
+    if tuple(entry.size) != tuple(tensor.shape):
+        return f"{name} is {tuple(entry.size)}, wanted {tuple(tensor.shape)}"
+    stored = entry.properties.dtype
+    if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
+        return f"{name} is {stored}, wanted {tensor.dtype}"
+    return None
+
+
+def _some(names: list[str], separator: str = ", ") -> str:
+    return separator.join(names[:8]) + (f"{separator}..." if len(names) > 8 else "")

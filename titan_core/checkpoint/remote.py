@@ -20,7 +20,7 @@ _PACKAGES = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")
 class RemoteStorage:
     """A prefix of an object store."""
 
-    errors = (Exception,)  # every client has exceptions of its own
+    errors: tuple[type[Exception], ...] = (Exception,)  # every client has exceptions of its own
 
     def __init__(self, url: str) -> None:
         import fsspec

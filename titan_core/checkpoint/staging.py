@@ -21,38 +21,28 @@ class Stage:
         self._buffers: dict[str, Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy(self, tensors: Mapping[str, Tensor], fence: torch.cuda.Event | None) -> dict[str, Tensor]:
         """Copy tensors to the host and return the copies, laid out as the originals are; done when it returns."""
         with torch.no_grad():
-            if any(tensor.device.type == "cuda" for tensor in tensors.values()):
-                return self._copy_from_device(tensors)
-            return {name: self._copy_one(name, tensor) for name, tensor in tensors.items()}
+            if fence is None or self._stream is None:
+                return {name: self._copy_one(name, tensor) for name, tensor in tensors.items()}
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(fence)
+                copies = {name: self._copy_one(name, tensor) for name, tensor in tensors.items()}
+            self._stream.synchronize()
+            return copies
 
-    def _copy_from_device(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy on a stream of its own, behind all that was queued before."""
-        stream = self._own_stream()
-        with torch.cuda.stream(stream):
-            copies = {name: self._copy_one(name, tensor) for name, tensor in tensors.items()}
-        stream.synchronize()
-        return copies
+    def fence(self, tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+        """Return an event after all that the training thread has queued, for a copy to wait on.
 
-    def fence(self) -> torch.cuda.Event | None:
-        """Return an event after all that the training thread has queued, for a copy to wait on."""
-        if not torch.cuda.is_initialized():
+        Called in the training thread: a new thread would take the first device of the machine for its own.
+        """
+        device = next((tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"), None)
+        if device is None:
             return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
-
-    def wait(self, fence: torch.cuda.Event | None) -> None:
-        """Make the copies that follow wait for a fence."""
-        if fence is not None:
-            self._own_stream().wait_event(fence)
-
-    def _own_stream(self) -> torch.cuda.Stream:
         if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
+            self._stream = torch.cuda.Stream(device)
+        return torch.cuda.current_stream(device).record_event()
 
     def _copy_one(self, name: str, tensor: Tensor) -> Tensor:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: the promises that a place must keep, and which kind of place a name means."""
+"""The promises that a place for checkpoints must keep."""
 
 from __future__ import annotations
 
@@ -62,19 +62,3 @@ class Storage(Protocol):
     def clean(self) -> None:
         """At the start of a run: put right and remove what a dead run left."""
         ...
-
-
-def open_storage(place: str) -> Storage:
-    """Open a folder or a URL. Raises `MachineError` if the package for that kind of URL is missing."""
-    from titan_core.checkpoint.local import LocalStorage
-    from titan_core.checkpoint.remote import RemoteStorage
-
-    if place.startswith("file://"):
-        return LocalStorage(place.removeprefix("file://"))
-    return RemoteStorage(place) if "://" in place else LocalStorage(place)
-
-
-def split(step_path: str) -> tuple[Storage, str]:
-    """Return the storage and the relative path of a step that is given as one path or URL."""
-    root, slash, folder = step_path.rstrip("/").rpartition("/")
-    return open_storage(root or ("/" if slash else ".")), folder

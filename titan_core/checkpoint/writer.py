@@ -30,7 +30,7 @@ class Writer(StorageWriter):
         self.storage = storage
         self.folder = folder
         self.file_name = f"__{rank}_0.distcp"
-        self.pieces: dict[str, list[tuple[int, int, str]]] = {}
+        self.pieces: dict[str, dict[int, tuple[int, str]]] = {}
         self.files: dict[str, tuple[int, str]] = {}
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -96,7 +96,7 @@ class Writer(StorageWriter):
                 raise file.error from None
             raise
         offset, length, digest = file.end_piece()
-        self.pieces.setdefault(self.file_name, []).append((offset, length, digest))
+        self.pieces.setdefault(self.file_name, {})[offset] = (length, digest)
         return WriteResult(
             index=index,
             size_in_bytes=length,

@@ -83,11 +83,13 @@ def stop() -> None:
 
 
 def set_timeout(seconds: float) -> None:
-    """Set the timeout of every process group made so far."""
+    """Set the timeout of every process group made so far, but for those that wait for disks."""
     if not dist.is_initialized():
         return
     groups = list(dist.distributed_c10d._world.pg_map)  # includes the groups of flattened meshes
     for group in groups:
+        if group.group_desc == "checkpoint":
+            continue
         for kind in ("cpu", "cuda"):
             try:
                 backend = group._get_backend(torch.device(kind))
