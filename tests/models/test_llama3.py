@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from titan_core.declare.rope import RopeScaling
 from titan_core.models import family
-from titan_core.models.llama3.flavors import LlamaSizes, Scaling
+from titan_core.models.llama3.flavors import LlamaSizes
 from titan_core.parallel.materialise import materialise
 
 VOCAB, LENGTH = 64, 24
@@ -24,7 +25,7 @@ CASES = {
         n_kv_heads=2,
         ffn_dim=48,
         vocab_size=VOCAB,
-        rope_scaling=Scaling(factor=4.0, original_max_seq_len=16),
+        rope_scaling=RopeScaling(factor=4.0, original_max_seq_len=16),
     ),
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from titan_core.declare.rope import RopeScaling
 from titan_core.nn import ops, rope
 from titan_core.nn.attention import CAUSAL, Mask, attention, document_mask
 from titan_core.nn.loss import linear_cross_entropy, loss_and_slope
@@ -81,7 +82,7 @@ def test_rotation_is_the_complex_product() -> None:
 
 def test_scores_depend_on_distance_only() -> None:
     q, k = random(1, 1, 1, 16), random(1, 1, 1, 16, seed=1)
-    freqs = rope.frequencies(16, 500000.0, rope.RopeScaling(), torch.device("cpu"))
+    freqs = rope.frequencies(16, 500000.0, RopeScaling(), torch.device("cpu"))
 
     def score(i: int, j: int) -> float:
         turned = [ops.rotate_pairs(x, *rope.table(torch.tensor([p]), freqs)) for x, p in ((q, i), (k, j))]

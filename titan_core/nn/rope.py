@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretch of the low frequencies beyond the original context (Llama 3.1): wavelengths shorter than
-    `original / high` stay, longer than `original / low` are stretched by `factor`, between them it is blended."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+from titan_core.declare.rope import RopeScaling
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:

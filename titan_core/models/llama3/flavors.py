@@ -5,15 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class Scaling:
-    """Stretch of the rotary frequencies (Llama 3.1)."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+from titan_core.declare.rope import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -28,7 +20,7 @@ class LlamaSizes:
     vocab_size: int = 128256
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
-    rope_scaling: Scaling | None = field(default_factory=Scaling)
+    rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
     max_seq_len: int = 131072
     tied: bool = False
     depth_init: bool = True
@@ -51,7 +43,7 @@ FLAVORS = {
         n_heads=32,
         ffn_dim=8192,
         tied=True,
-        rope_scaling=Scaling(factor=32.0),
+        rope_scaling=RopeScaling(factor=32.0),
     ),
     "3B": LlamaSizes(
         dim=3072,
@@ -59,7 +51,7 @@ FLAVORS = {
         n_heads=24,
         ffn_dim=8192,
         tied=True,
-        rope_scaling=Scaling(factor=32.0),
+        rope_scaling=RopeScaling(factor=32.0),
     ),
     "8B": LlamaSizes(),
     "70B": LlamaSizes(dim=8192, n_layers=80, n_heads=64, ffn_dim=28672),

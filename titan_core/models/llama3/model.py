@@ -57,9 +57,8 @@ class Llama3(nn.Module):
 
     def frequencies(self, device: torch.device) -> Tensor:
         """Return the rotary frequencies (C / 2), fp32. Not a buffer: nothing may cast or forget it."""
-        scaling = self.sizes.rope_scaling
-        stretch = None if scaling is None else rope.RopeScaling(**vars(scaling))
-        return rope.frequencies(self.sizes.head_dim, self.sizes.rope_theta, stretch, device)
+        sizes = self.sizes
+        return rope.frequencies(sizes.head_dim, sizes.rope_theta, sizes.rope_scaling, device)
 
 
 class Block(nn.Module):
