@@ -1,57 +1,62 @@
-"""Starting the ranks on this host, from a process that never imports torch, and joining a job that others started.
-
-A worker tells its parent three things through a pipe: a warning, the error that ended it, and that it is done. What it
-prints goes to the terminal from the first rank only.
-"""
+"""Starting the ranks on this host, from a process that never imports torch, and joining a job that others started."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from titan_cli.output import Output, error_as_dict
-from titan_core.runtime.errors import TitanError, UsageError
-from titan_core.runtime.events import Event, Listener, Warned
+import titan_cli
+from titan_cli.output import Output
+from titan_cli.worker import EVENT_FD, in_worker
+from titan_core.runtime.errors import ConfigError, Problem, TitanError, UsageError
 
-EVENT_FD = "TITAN_EVENT_FD"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-CRASH_GRACE = 15.0  # seconds that the others get after one rank died: they hang in a collective
+CRASH_GRACE = 15.0  # seconds that the others get after one rank failed: they may hang in a collective
+_TERM_GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 _POLL = 0.05
+# How a rank dies of another one's death. Such an error is never the first cause.
+_PEER_LOST = re.compile(r"connection (closed|reset)|cannot be reached|broken pipe|remote process exited", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks, and which of them this process has to start."""
+    """How many ranks, and which of them this process has to start; `note` is for the user."""
 
     nproc: int = 1
     nnodes: int = 1
     node_rank: int = 0
     rdzv: str | None = None
     joined: bool = False
+    note: str | None = None
 
     @staticmethod
     def of(nproc: str, nnodes: int = 1, node_rank: int = 0, rdzv: str | None = None) -> Ranks:
         """Read the options; inside torchrun, srun or our own spawner they are ignored and the job is joined."""
         world = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS")
         if world and ("RANK" in os.environ or "SLURM_PROCID" in os.environ):
-            return Ranks(int(world), joined=True)
-        if nproc != "auto" and not (nproc.isdigit() and int(nproc) > 0):
+            started_by = "RANK and WORLD_SIZE" if "RANK" in os.environ else "Slurm"
+            note = f"`--nproc {nproc}` is ignored: {started_by} says that this is one of {world} ranks"
+            return Ranks(int(world), joined=True, note=None if in_worker() or nproc in ("1", world) else note)
+        if nproc != "auto" and not (nproc.isdecimal() and int(nproc) > 0):
             raise UsageError(f"`--nproc` cannot be `{nproc}`", tip="a number of ranks, or `auto`")
         if nnodes > 1 and not rdzv:
             raise UsageError("several hosts need an address to meet at", tip="--rdzv HOST:PORT, the same on every host")
         if node_rank >= nnodes:
             raise UsageError(f"`--node-rank {node_rank}` is not below `--nnodes {nnodes}`")
+        if rdzv and not re.fullmatch(r"[^:\s]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", rdzv):
+            raise UsageError(f"`--rdzv` cannot be `{rdzv}`", tip="HOST:PORT, e.g. node01:29500")
         return Ranks(count_gpus() or 1 if nproc == "auto" else int(nproc), nnodes, node_rank, rdzv)
 
     @property
@@ -74,45 +79,6 @@ def count_gpus() -> int:
     return len(list(gpus.iterdir())) if gpus.is_dir() else 0
 
 
-def is_main_rank() -> bool:
-    """Is this the rank that prints?"""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0
-
-
-# ---------------------------------------------------------------------------------------------- in a worker
-
-
-def in_worker() -> bool:
-    """Was this process started by `spawn`?"""
-    return EVENT_FD in os.environ
-
-
-def tell_parent(**message: Any) -> None:
-    """Send the parent a line; a parent that is gone is no reason to fail."""
-    line = json.dumps({"time": time.time(), **message}) + "\n"
-    with contextlib.suppress(OSError):
-        os.write(int(os.environ[EVENT_FD]), line.encode())
-
-
-def report_error(error: TitanError) -> None:
-    """Send the parent the error that ends this worker."""
-    tell_parent(error=error_as_dict(error))
-
-
-@contextlib.contextmanager
-def worker_listener(display: Listener) -> Iterator[Listener]:
-    """Return the listener of this process: the display on the main rank, the parent for the others' warnings."""
-
-    def relay(event: Event) -> None:
-        if isinstance(event, Warned):
-            tell_parent(warning=event.text)
-
-    yield display if is_main_rank() or not in_worker() else relay
-
-
-# ---------------------------------------------------------------------------------------------- in the parent
-
-
 @dataclass
 class _Worker:
     rank: int
@@ -122,8 +88,11 @@ class _Worker:
     buffer: bytes = b""
     code: int | None = None
     done: int | None = None
+    result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
-    error_time: float = float("inf")
+    trace: str | None = None
+    failed_at: float = float("inf")
+    ended_by_us: bool = False
 
     def outcome(self) -> int:
         """Return the exit code that counts: what the worker said before it left, if it said so."""
@@ -131,33 +100,47 @@ class _Worker:
             return self.done
         return 0 if self.code is None else self.code
 
+    def failed(self) -> bool:
+        """Has it left, and not because it finished or saved?"""
+        return self.code is not None and self.outcome() not in (0, 75)
+
+    def explained(self) -> dict[str, Any]:
+        """Return the error that it reported, or what can be said of its death."""
+        return self.error or _death(self)
+
 
 @dataclass
 class _Job:
     workers: list[_Worker]
     output: Output
     grace: float
-    stopping: bool = False
+    signal: int | None = None
     deadline: float | None = None
+    terminated: bool = False
     warned: set[str] = field(default_factory=set)
 
 
-def spawn(ranks: Ranks, grace: float, output: Output, argv: list[str] | None = None) -> int:
+def spawn(ranks: Ranks, grace: float, output: Output, words: Sequence[str], program: Sequence[str] = ()) -> int:
     """Start this host's ranks with the same command line, wait for them, and return the job's exit code.
 
-    Signals are passed on, once. If a rank dies the others get some seconds and are then ended.
+    Signals are passed on, once; `grace` is how many seconds the ranks then get. If a rank fails the others get some
+    seconds and are then ended. `program` replaces titan in tests.
     """
-    words = argv or [sys.executable, "-m", "titan_cli", *sys.argv[1:]]
     address, port = (ranks.rdzv or f"127.0.0.1:{_free_port()}").rsplit(":", 1)
-    job = _Job([_start(i, ranks, address, port, words) for i in range(ranks.nproc)], output, grace)
+    command = [*(program or _titan()), *words]
+    job = _Job([], output, grace)
     before = {number: signal.signal(number, lambda n, _: _forward(job, n)) for number in FORWARDED}
     try:
+        for i in range(ranks.nproc):
+            job.workers.append(_start(i, ranks, address.strip("[]"), port, command))
+            if job.signal is not None:  # it came while the ranks were being started
+                _signal(job.workers[-1], job.signal)
         while any(worker.code is None for worker in job.workers):
-            _read_pipes(job)
-            _reap(job)
+            for worker in job.workers:
+                _read_pipe(job, worker)
+                _reap(job, worker)
             _enforce(job)
             time.sleep(_POLL)
-        _read_pipes(job)
         return _conclude(job)
     finally:
         for number, handler in before.items():
@@ -168,7 +151,14 @@ def spawn(ranks: Ranks, grace: float, output: Output, argv: list[str] | None = N
             worker.pipe.close()
 
 
-def _start(local_rank: int, ranks: Ranks, address: str, port: str, argv: list[str]) -> _Worker:
+def _titan() -> list[str]:
+    """Return the command that is titan. `-m` puts the working folder first on the path, where a user's `tokenizers.py`
+    would hide the package; -P does not, and is left out only where titan itself is run from the working folder."""
+    from_here = Path(titan_cli.__file__).parents[1] == Path.cwd()
+    return [sys.executable, *([] if from_here else ["-P"]), "-m", "titan_cli"]
+
+
+def _start(local_rank: int, ranks: Ranks, address: str, port: str, command: list[str]) -> _Worker:
     rank = ranks.node_rank * ranks.nproc + local_rank
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
@@ -183,11 +173,11 @@ def _start(local_rank: int, ranks: Ranks, address: str, port: str, argv: list[st
         EVENT_FD: str(writing),
     }
     if not count_gpus():
-        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks.nproc)))
+        env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks.nproc)))
     quiet = rank > 0
     stderr = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115 - closed with the worker
     process = subprocess.Popen(
-        argv,
+        command,
         env=env,
         pass_fds=[writing],
         start_new_session=True,  # Ctrl-C in the terminal then reaches a rank once: from here
@@ -198,6 +188,11 @@ def _start(local_rank: int, ranks: Ranks, address: str, port: str, argv: list[st
     return _Worker(rank, process, os.fdopen(reading, "rb", buffering=0), stderr)
 
 
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -205,8 +200,9 @@ def _free_port() -> int:
 
 
 def _forward(job: _Job, number: int) -> None:
-    job.stopping = True
-    job.deadline = time.monotonic() + job.grace
+    job.signal = number
+    if job.deadline is None:
+        job.deadline = time.monotonic() + job.grace
     for worker in job.workers:
         _signal(worker, number)
 
@@ -217,14 +213,13 @@ def _signal(worker: _Worker, number: int) -> None:
             worker.process.send_signal(number)
 
 
-def _read_pipes(job: _Job) -> None:
-    for worker in job.workers:
-        with contextlib.suppress(BlockingIOError):
-            while chunk := worker.pipe.read(65536):
-                worker.buffer += chunk
-        *lines, worker.buffer = worker.buffer.split(b"\n")
-        for line in lines:
-            _take(job, worker, json.loads(line))
+def _read_pipe(job: _Job, worker: _Worker) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while chunk := worker.pipe.read(65536):
+            worker.buffer += chunk
+    *lines, worker.buffer = worker.buffer.split(b"\n")
+    for line in lines:
+        _take(job, worker, json.loads(line))
 
 
 def _take(job: _Job, worker: _Worker, message: dict[str, Any]) -> None:
@@ -232,20 +227,23 @@ def _take(job: _Job, worker: _Worker, message: dict[str, Any]) -> None:
         job.warned.add(message["warning"])
         job.output.warn(f"rank {worker.rank}: {message['warning']}")
     if "error" in message and worker.error is None:
-        worker.error, worker.error_time = message["error"], message["time"]
-    if "done" in message:
-        worker.done = message["done"]
+        worker.error, worker.trace, worker.failed_at = message["error"], message.get("trace"), message["time"]
+    worker.result = message.get("result", worker.result)
+    worker.done = message.get("done", worker.done)
 
 
-def _reap(job: _Job) -> None:
-    for worker in job.workers:
-        if worker.code is None:
-            worker.code = worker.process.poll()
-            if worker.code is not None and worker.outcome() != 0 and worker.error_time == float("inf"):
-                worker.error_time = time.time()
-            failed = worker.code is not None and worker.done is None and worker.outcome() != 0
-            if failed and not job.stopping and job.deadline is None:
-                job.deadline = time.monotonic() + CRASH_GRACE
+def _reap(job: _Job, worker: _Worker) -> None:
+    """Note that a worker has left; if it failed, the others' time runs."""
+    if worker.code is not None or worker.process.poll() is None:
+        return
+    _read_pipe(job, worker)  # its last words
+    worker.code = worker.process.poll()
+    if not worker.failed():
+        return
+    worker.ended_by_us = job.terminated and worker.error is None
+    worker.failed_at = min(worker.failed_at, time.time())
+    soon = time.monotonic() + CRASH_GRACE
+    job.deadline = soon if job.deadline is None else min(job.deadline, soon)
 
 
 def _enforce(job: _Job) -> None:
@@ -253,39 +251,50 @@ def _enforce(job: _Job) -> None:
     if job.deadline is None or time.monotonic() < job.deadline:
         return
     for worker in job.workers:
-        _signal(worker, signal.SIGTERM if job.deadline != 0.0 else signal.SIGKILL)
-    job.deadline = 0.0 if job.deadline == 0.0 or job.stopping else time.monotonic() + 5.0
-    job.stopping = True
+        _signal(worker, signal.SIGKILL if job.terminated else signal.SIGTERM)
+    job.terminated, job.deadline = True, time.monotonic() + _TERM_GRACE
 
 
 def _conclude(job: _Job) -> int:
-    """Show the first failure once, and return the exit code of the job."""
-    codes = [worker.outcome() for worker in job.workers]
-    failed = [worker for worker in job.workers if worker.outcome() not in (0, 75)]
+    """Give the result, or show the first failure once; return the exit code of the job."""
+    failed = [worker for worker in job.workers if worker.failed()]
     if not failed:
-        return 75 if 75 in codes else 0
-    first = min(failed, key=lambda worker: (worker.error is None, worker.error_time))
-    error = first.error or _death(first)
+        for worker in job.workers:
+            if worker.result is not None:
+                job.output.result(**worker.result)
+        return 75 if 75 in [worker.outcome() for worker in job.workers] else 0
+    first = min(failed, key=_order)
+    error = first.explained()
     shown = TitanError(f"rank {first.rank}: {error['message']}", where=error.get("where"), tip=error.get("tip"))
     shown.exit_code = int(error["code"])
     if error.get("problems"):  # a config error is every rank's: no rank to name
-        from titan_core.runtime.errors import ConfigError, Problem
-
         shown = ConfigError([Problem(**problem) for problem in error["problems"]])
+    if first.trace:
+        job.output.warn(f"traceback of rank {first.rank}:\n{first.trace}")
     job.output.error(shown)
-    same = sum(w is not first and w.error is not None and w.error["message"] == error["message"] for w in failed)
+    same = sum(w is not first and w.explained()["message"] == error["message"] for w in failed)
     if same:
         job.output.say(f"  {same} other rank{'s' if same > 1 else ''} failed the same way")
     return shown.exit_code
 
 
+def _order(worker: _Worker) -> tuple[bool, bool, float]:
+    """Sort failures by how likely they are the cause of the others: our own doing last, lost peers before that."""
+    lost = _PEER_LOST.search(worker.explained()["message"]) is not None
+    return worker.ended_by_us, lost, worker.failed_at
+
+
 def _death(worker: _Worker) -> dict[str, Any]:
     """Describe a worker that left without a word, with the last lines that it printed."""
     code = worker.outcome()
+    if code in (-signal.SIGINT, -signal.SIGTERM) and not worker.ended_by_us:
+        return {"message": f"stopped by {signal.Signals(-code).name}; nothing was saved", "code": 128 - code}
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
     last = ""
     if worker.stderr is not None:
         worker.stderr.seek(0)
         last = " | ".join(worker.stderr.read()[-2000:].decode(errors="replace").strip().splitlines()[-3:])
     tip = "out of memory? `dmesg` names what the kernel killed" if code == -signal.SIGKILL else None
+    if worker.ended_by_us:
+        tip = "it did not stop in the time that `--grace` gives"
     return {"message": f"{how}" + (f": {last}" if last else ""), "tip": tip, "code": 1}

@@ -61,7 +61,7 @@ def test_help_is_short_and_has_an_example(command: list[str], capsys) -> None:
     assert code == 0
     assert out.startswith("Usage: titan")
     assert len(out.splitlines()) <= 60
-    assert max(map(len, out.splitlines())) <= 110
+    assert max(map(len, out.splitlines())) <= 100
     if command and len(command) == 1:
         assert "Example" in out
 
@@ -105,8 +105,12 @@ def test_completion_imports_nothing_heavy() -> None:
 # ------------------------------------------------------------------------------------------------ errors
 
 MISTAKES = {
-    "unknown command": (["tran"], 2, "no such command 'tran'"),
-    "unknown option": (["train", "--dry-rnu"], 2, "--dry-run"),
+    "unknown command": (["tran"], 2, "did you mean `train`"),
+    "unknown subcommand": (["config", "shw"], 2, "did you mean `show`"),
+    "unknown option": (["train", "--dry-rnu"], 2, "did you mean `--dry-run`"),
+    "not an integer": (["train", "--until", "x"], 2, "'x' is not a valid integer"),
+    "no port to meet at": (["train", "--nnodes", "2", "--rdzv", "node01"], 2, "HOST:PORT"),
+    "port that is none": (["train", "--nnodes", "2", "--rdzv", "node01:x"], 2, "HOST:PORT"),
     "unknown recipe": (["train", "llama3_debugmodl"], 2, "llama3_debugmodel"),
     "missing file": (["train", "runs/none.toml"], 2, "no such file"),
     "unknown key": (["train", "--optimizer.learning_rate", "1"], 2, "optimizer.lr"),
@@ -244,22 +248,58 @@ def test_typos_of_keys_are_recognised() -> None:
 
 
 def test_json_is_one_object_and_nothing_else(tmp_path: Path) -> None:
-    for words, ok in (
-        (["train", "--list"], True),
-        (["config", "show", "llama3_8b"], True),
-        (["config", "list", "optimizer"], True),
-        (["train", "--training.stps", "1"], False),
-        (["generate", "llm", "--checkpoint", "none", "--prompt", "x"], False),
+    for words, ok, schema in (
+        (["train", "--list"], True, "titan.train/1"),
+        (["config", "show", "llama3_8b"], True, "titan.config-show/1"),
+        (["config", "list", "optimizer"], True, "titan.config-list/1"),
+        (["--version"], True, "titan.titan/1"),
+        (["train", "--training.stps", "1"], False, "titan.train/1"),
+        (["tran"], False, "titan.titan/1"),
+        (["generate", "llm", "--checkpoint", "none", "--prompt", "x"], False, "titan.generate-llm/1"),
     ):
         done = titan(*words, "--json", cwd=tmp_path)
         found = json.loads(done.stdout)
-        assert found["schema"] == f"titan.{words[0]}/1"
+        assert found["schema"] == schema
         assert found["ok"] is ok
         assert isinstance(found["seconds"], float)
         assert done.stderr == ""
         if not ok:
             assert found["error"]["code"] == done.returncode
             assert found["error"]["message"]
+
+
+def test_a_reader_that_leaves_is_no_failure(tmp_path: Path) -> None:
+    words = f"{sys.executable} -m titan_cli config show llama3_8b --help-comments"
+    line = f"set -o pipefail; {words} | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_closed_streams_change_no_exit_code() -> None:
+    for words, expected in (("train nosuch 2>&-", 2), ("config show >&-", 0), ("train nosuch --json 2>&-", 2)):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m titan_cli {words}"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert done.returncode == expected, words
+        assert done.stdout.startswith("{") == ("--json" in words)  # an error never lands on stdout otherwise
+
+
+def test_words_need_not_be_those_of_the_process(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["something", "else"])
+    assert run(["config", "explain", "optimizer.lr"]) == 0
+    assert "Peak learning rate" in capsys.readouterr().out
+
+
+def test_verbose_says_what_was_set(capsys) -> None:
+    code, out, err = call("config", "diff", "llama3_8b", "llama3_8b", "-v", capsys=capsys)
+    assert (code, err) == (0, "")
+    code, out, err = call("config", "show", "llama3_8b", "--optimizer.lr", "1e-4", "-v", capsys=capsys)
+    assert code == 0
+    assert "optimizer.lr = 0.0001  # --optimizer.lr" in err
+    assert "optimizer.lr" not in out
 
 
 @pytest.mark.parametrize("env", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
@@ -282,6 +322,8 @@ def test_unexpected_errors_leave_a_report(capsys, monkeypatch) -> None:
     assert code == 1
     report = Path(err.split("--> ")[1].split("\n")[0])
     assert "ZeroDivisionError: surprise" in report.read_text()
+    assert "command: titan config show" in report.read_text()
+    assert '"dump_folder"' in report.read_text()
     assert "Traceback" not in err
     report.unlink()
 

@@ -16,7 +16,7 @@ from titan_core.runtime.errors import UsageError
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from titan_cli import launch
+from titan_cli import worker
 from titan_core.runtime.errors import TitanError
 rank = int(os.environ["RANK"])
 stopped = []
@@ -32,7 +32,8 @@ from titan_cli import launch
 from titan_cli.output import Output
 launch.CRASH_GRACE = 1.0
 argv = [sys.executable, sys.argv[1]]
-sys.exit(launch.spawn(launch.Ranks(int(sys.argv[2])), float(sys.argv[3]), Output(), argv))
+output = Output(mode=sys.argv[4])
+sys.exit(launch.spawn(launch.Ranks(int(sys.argv[2])), float(sys.argv[3]), output, [], argv))
 """
 
 ROOT = str(Path(__file__).parents[2])
@@ -43,10 +44,11 @@ def start(tmp_path: Path):
     """Return a function that starts a job of `size` workers that run `body`."""
     started: list[subprocess.Popen] = []
 
-    def begin(body: str, size: int = 2, grace: float = 20) -> subprocess.Popen[str]:
+    def begin(body: str, size: int = 2, grace: float = 20, json_mode: bool = False) -> subprocess.Popen[str]:
         (tmp_path / "worker.py").write_text(WORKER.format(root=ROOT, body=body))
         (tmp_path / "parent.py").write_text(PARENT.format(root=ROOT))
         words = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path / "worker.py"), str(size), str(grace)]
+        words.append("json" if json_mode else "human")
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process
@@ -68,7 +70,7 @@ def test_every_rank_knows_its_place(start) -> None:
 
 
 def test_warnings_of_other_ranks_come_once(start) -> None:
-    code, _, err = end(start("launch.tell_parent(warning='careful') if rank else None", 3))
+    code, _, err = end(start("worker.tell_parent(warning='careful') if rank else None", 3))
     assert code == 0
     assert err.count("careful") == 1
     assert "rank " in err
@@ -76,7 +78,7 @@ def test_warnings_of_other_ranks_come_once(start) -> None:
 
 def test_the_first_error_is_shown_once(start) -> None:
     body = (
-        "time.sleep(0.2 * rank); launch.report_error(TitanError('it broke', where='here', tip='mend it')); sys.exit(1)"
+        "time.sleep(0.2 * rank); worker.report_error(TitanError('it broke', where='here', tip='mend it')); sys.exit(1)"
     )
     code, _, err = end(start(body, 3))
     assert code == 1
@@ -90,7 +92,7 @@ def test_a_config_error_keeps_its_exit_code(start) -> None:
     body = (
         "from titan_core.runtime.errors import ConfigError, Problem\n"
         "e = ConfigError([Problem('a.b', 'wrong', 'x.toml:3', 'do this'), Problem('c.d', 'wrong too')])\n"
-        "launch.report_error(e); sys.exit(2)"
+        "worker.report_error(e); sys.exit(2)"
     )
     code, _, err = end(start(body))
     assert code == 2
@@ -148,8 +150,96 @@ def test_a_rank_that_does_not_stop_is_killed_after_the_grace(start, tmp_path: Pa
     assert time.monotonic() - began < 20
 
 
+def test_a_rank_that_fails_in_good_order_ends_those_that_wait_for_it(start) -> None:
+    body = (
+        "if rank: worker.report_error(TitanError('bad shard')); worker.tell_parent(done=1); sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
+    )
+    began = time.monotonic()
+    code, _, err = end(start(body))
+    assert code == 1
+    assert "rank 1: bad shard" in err
+    assert "rank 0" not in err  # it was ended by us
+    assert time.monotonic() - began < 30
+
+
+def test_the_cause_is_shown_and_not_what_it_caused(start) -> None:
+    body = (
+        "if rank: time.sleep(0.5); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(0.4)\n"  # as if it had seen it at once: before the parent sees the death
+        "worker.report_error(TitanError('Connection closed by peer [127.0.0.1]'))\n"
+        "worker.tell_parent(done=1); sys.exit(1)"
+    )
+    code, _, err = end(start(body))
+    assert code == 1
+    assert err.splitlines()[0] == "error: rank 1: was killed by SIGKILL"
+
+
+def test_a_failure_while_stopping_does_not_use_up_the_grace(start, tmp_path: Path) -> None:
+    body = (
+        f"open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').close()\n"
+        "while not stopped: time.sleep(0.02)\n"
+        "if rank: sys.exit(1)\n"
+        "time.sleep(60)"
+    )
+    process = start(body, grace=300)
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        time.sleep(0.02)
+    began = time.monotonic()
+    process.terminate()
+    code, _, err = end(process)
+    assert code == 1
+    assert "rank 1: left with exit code 1" in err
+    assert time.monotonic() - began < 30
+
+
+def test_ranks_stop_when_their_parent_is_killed(start, tmp_path: Path) -> None:
+    body = (
+        "worker.stop_when_orphaned()\n"
+        f"open({str(tmp_path)!r} + f'/ready{{rank}}', 'w').write(str(os.getpid()))\n"
+        "while not stopped: time.sleep(0.02)\n"
+        f"open({str(tmp_path)!r} + f'/saved{{rank}}', 'w').close()"
+    )
+    process = start(body)
+    while sum(path.stat().st_size > 0 for path in tmp_path.glob("ready*")) < 2:
+        time.sleep(0.02)
+    process.kill()
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("saved*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(list(tmp_path.glob("saved*"))) == 2
+
+
+def test_the_result_of_the_first_rank_is_the_only_json(start, tmp_path: Path) -> None:
+    body = "if not rank: worker.tell_parent(result={'step': 7})\nworker.tell_parent(done=0)"
+    code, out, err = end(start(body, json_mode=True))
+    assert (code, err) == (0, "")
+    assert json.loads(out)["step"] == 7
+    body = (
+        "if rank: time.sleep(0.3); worker.report_error(TitanError('late')); sys.exit(1)\n"
+        "worker.tell_parent(result={'step': 7}, done=0)"
+    )
+    code, out, _ = end(start(body, json_mode=True))
+    assert code == 1
+    assert json.loads(out)["error"]["message"] == "rank 1: late"
+
+
+def test_a_traceback_comes_from_the_rank_that_failed(start) -> None:
+    body = "if rank: worker.report_error(TitanError('it broke'), 'Traceback (most recent call last): ...'); sys.exit(1)"
+    code, _, err = end(start(body))
+    assert code == 1
+    assert err.count("Traceback") == 1
+    assert "traceback of rank 1" in err
+
+
+def test_a_long_message_arrives_whole(start) -> None:
+    code, _, err = end(start("worker.tell_parent(warning='x' * 300_000) if rank else None"))
+    assert code == 0
+    assert err.count("x") == 300_000
+
+
 def test_an_abort_after_success_is_no_failure(start) -> None:
-    code, _, err = end(start("launch.tell_parent(done=0); os.abort()"))
+    code, _, err = end(start("worker.tell_parent(done=0); os.abort()"))
     assert (code, err) == (0, "")
 
 
@@ -161,7 +251,8 @@ def test_options_are_checked(monkeypatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     joined = Ranks.of("1")
-    assert (joined.world_size, joined.must_spawn) == (4, False)
+    assert (joined.world_size, joined.must_spawn, joined.note) == (4, False, None)
+    assert "`--nproc 8` is ignored" in str(Ranks.of("8").note)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
     assert count_gpus() == 3
 

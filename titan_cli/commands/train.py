@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from titan_cli.context import config_of, output_of
+from titan_cli.context import config_of, output_of, words_of
 from titan_cli.output import Output
 from titan_core.config.catalog import describe, recipes
 from titan_core.runtime.errors import ConfigError
@@ -49,18 +49,20 @@ def train(
     if list_recipes:
         _list(output)
         return
-    from titan_cli import launch  # not for --list, which is held to its start-up budget
+    from titan_cli import launch, worker  # not for --list, which is held to its start-up budget
     from titan_core.config import checks
 
     resolved = _named_run(config_of(ctx, target or DEFAULT_RECIPE), target)
     if resolved.config.metrics.disable_color_printing:
         output.color = "never"
     ranks = launch.Ranks.of(nproc, nnodes, node_rank, rdzv)
+    if ranks.note is not None and worker.is_main_rank():
+        output.warn(ranks.note)
     problems = checks.check(resolved, ranks.world_size)
     if problems:
         raise ConfigError(problems)
     if ranks.must_spawn and not dry_run:
-        raise typer.Exit(launch.spawn(ranks, grace, output))
+        raise typer.Exit(launch.spawn(ranks, grace, output, words_of(ctx)))
     _train_here(output, resolved, target, resume, until, allow_change, dry_run, ranks)
 
 
@@ -74,7 +76,7 @@ def _train_here(
     dry_run: bool,
     ranks: Ranks,
 ) -> None:
-    from titan_cli import launch
+    from titan_cli import worker
     from titan_cli.display import Display
 
     if dry_run:
@@ -83,7 +85,7 @@ def _train_here(
         result = plan.run(resolved, ranks.world_size)
         output.result("\n".join(f"{topic:<12}{text}" for topic, text in result.rows), **dataclasses.asdict(result))
         return
-    if launch.is_main_rank():
+    if worker.is_main_rank():
         if resolved.config.job.print_config:
             from titan_cli.commands.config import as_toml
 
@@ -91,9 +93,9 @@ def _train_here(
         output.say(f"{'start':<10}loading torch")
     from titan_core.jobs import train as job
 
-    with Display(output) as display, launch.worker_listener(display) as listener:
+    with Display(output) as display, worker.worker_listener(display) as listener:
         done = job.run(resolved, listener=listener, resume=resume, until=until, allow_change=allow_change)
-    if launch.is_main_rank():
+    if worker.is_main_rank():
         output.result("", **dataclasses.asdict(done))
         _epilogue(output, done, target)
     if done.stopped_by and not done.finished:
