@@ -1,5 +1,6 @@
 """The layout never changes the result: fp32 losses of 20 steps equal those of one process."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,13 @@ def test_compiled_loss_equals_eager(ranks: int, tmp_path: Path, reference) -> No
         tiny(tmp_path, training__steps=STEPS, **changes),
         ranks,
     )
+    assert found == pytest.approx(reference(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_loss_compiled_by_inductor_equals_eager(tmp_path: Path, reference) -> None:
+    found = losses(tiny(tmp_path, training__steps=STEPS, compile__enable=True, training__local_batch_size=8))
     assert found == pytest.approx(reference(), rel=1e-4)
 
 

@@ -69,6 +69,12 @@ def test_running_numbers_are_the_exact_ones_until_the_window_is_full(window: int
     assert guard.variance == pytest.approx(sum((x - guard.mean) ** 2 for x in losses) / len(losses))
 
 
+def test_a_dump_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("in the way")
+    said = dump(str(tmp_path / "run"), 61, "loss nan", {}, 0, Guard(Settings()))
+    assert said == f"{tmp_path / 'run' / 'stopped-at-step-61.json'} could not be written: File exists"
+
+
 def test_dump_puts_the_culprit_first(tmp_path: Path) -> None:
     guard = Guard(Settings())
     for number in range(60):

@@ -1,11 +1,14 @@
 """Runs as a whole: metrics, validation, traces, what changes and what must not."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
+import titan_core
 from tests.runs import losses, tiny
 from titan_core.checkpoint import find_step
 from titan_core.config.load import load
@@ -168,8 +171,6 @@ def test_seed_checkpoint(tmp_path: Path) -> None:
 
 
 def test_weights_export_at_the_last_step(tmp_path: Path) -> None:
-    import torch
-
     from titan_core.checkpoint import tensor_index
 
     changes = {"checkpoint__last_save_model_only": True, "checkpoint__export_dtype": "bfloat16"}
@@ -188,6 +189,30 @@ def test_parts_left_out_of_loading(tmp_path: Path) -> None:
     assert len(fresh) == 6
 
 
+def test_checkpoints_at_a_url(tmp_path: Path) -> None:
+    changes = {"checkpoint__enable": True, "checkpoint__interval": 2, "checkpoint__folder": f"memory://runs{tmp_path}"}
+    whole = losses(tiny(tmp_path / "whole"))
+    begun = losses(tiny(tmp_path / "cut", **changes), until=4)
+    assert begun + losses(tiny(tmp_path / "cut", **changes)) == whole
+    assert not (tmp_path / "cut" / "checkpoint").exists()
+
+
+def test_parameter_groups_by_pattern(tmp_path: Path) -> None:
+    path = tmp_path / "groups.toml"
+    text = 'extends = "llama3_debugmodel"\n[[optimizer.param_groups]]\npattern = "layers.*"\nlr_factor = 0.0\n'
+    path.write_text(text + "weight_decay = 0.0\n")
+    changed = load(str(path)).config.optimizer.param_groups
+    resolved = tiny(tmp_path / "run", checkpoint__enable=True)
+    optimizer = dataclasses.replace(resolved.config.optimizer, param_groups=changed)
+    config = dataclasses.replace(resolved.config, optimizer=optimizer)
+    losses(dataclasses.replace(resolved, config=config))
+    seed = tiny(tmp_path / "seed", checkpoint__enable=True, checkpoint__create_seed_checkpoint=True)
+    train.run(seed)
+    trained, fresh = (titan_core.load(str(tmp_path / name)).state_dict() for name in ("run", "seed"))
+    frozen = {name for name in fresh if torch.equal(trained[name], fresh[name])}
+    assert frozen == {name for name in fresh if name.startswith("layers.")}
+
+
 def test_two_runs_in_one_process_do_not_meet(tmp_path: Path) -> None:
     alone = losses(tiny(tmp_path / "a"))
     losses(tiny(tmp_path / "b", **{"model.args.dim": 64, "training__seed": 3}))
@@ -195,8 +220,6 @@ def test_two_runs_in_one_process_do_not_meet(tmp_path: Path) -> None:
 
 
 def test_deterministic_mode_runs(tmp_path: Path) -> None:
-    import torch
-
     try:
         first = losses(tiny(tmp_path / "a", training__deterministic=True))
         assert first == losses(tiny(tmp_path / "b", training__deterministic=True))

@@ -89,6 +89,17 @@ def test_other_signals_never_stop_at_once(clock: Clock) -> None:
         assert stop.agreed() == "SIGTERM"
 
 
+def test_the_first_ctrl_c_after_another_signal_still_saves(clock: Clock) -> None:
+    with StopRequest() as stop:
+        send(signal.SIGTERM)
+        clock.now += 60
+        send(signal.SIGINT)
+        assert stop.agreed() == "SIGTERM"
+        clock.now += 1
+        with pytest.raises(Interrupted):
+            send(signal.SIGINT)
+
+
 def test_time_limit(clock: Clock) -> None:
     stop = StopRequest(time_limit_minutes=2)
     clock.now += 119
