@@ -125,7 +125,7 @@ def _keys() -> dict[str, str]:
 def _values(key: str) -> Iterator[str]:
     """Yield the values that a config key can have, if they can be listed."""
     from titan_core.config.fields import fields
-    from titan_core.config.load import choices
+    from titan_core.config.values import choices
 
     if key in fields():
         if fields()[key].type is bool:

@@ -42,12 +42,13 @@ def words_of(ctx: Any) -> list[str]:
 
 def config_of(ctx: Any, target: str | None) -> Resolved:
     """Load a recipe or file with the command line's config flags."""
-    from titan_core.config.load import load, toml_value  # not for the commands that read no config
+    from titan_core.config.load import load  # not for the commands that read no config
 
     output = output_of(ctx)
     resolved = ctx.obj.resolved = load(target, flags_of(ctx))
     if output.verbose:
         from titan_core.config.fields import get
+        from titan_core.config.values import toml_value
 
         for key, source in resolved.sources.items():
             output.say(f"{'set':<10}{key} = {toml_value(get(resolved.config, key))}  # {source.where}")

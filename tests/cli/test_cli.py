@@ -13,7 +13,7 @@ from titan_cli.main import run
 from titan_cli.overrides import split
 from titan_core.config.catalog import describe, recipes
 from titan_core.config.fields import fields
-from titan_core.config.load import choices
+from titan_core.config.values import choices
 
 COMMANDS = [
     [],

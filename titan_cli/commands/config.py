@@ -11,8 +11,9 @@ import typer
 
 from titan_cli.context import config_of, flags_of, output_of
 from titan_core.config.fields import fields, get, sections, suggest
-from titan_core.config.load import Resolved, from_dict, load, to_dict, toml_value, type_name
+from titan_core.config.load import Resolved, from_dict, load, to_dict
 from titan_core.config.schema import Config
+from titan_core.config.values import toml_value, type_name
 from titan_core.runtime.errors import UsageError
 
 app = typer.Typer(

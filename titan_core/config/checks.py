@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_core.config.fields import get
-from titan_core.config.load import Resolved, toml_value
+from titan_core.config.load import Resolved
 from titan_core.config.schema import Config
+from titan_core.config.values import toml_value
 from titan_core.runtime.errors import Problem
 
 # What this version does not do yet: key -> the only values that it accepts. A feature that arrives removes its line.

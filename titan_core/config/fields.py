@@ -60,6 +60,56 @@ ALIASES = {
     "gradient_checkpointing": "activation_checkpoint.mode",
     "tokenizer": "model.hf_assets_path",
     "model_name": "model.name",
+    "max_iters": "training.steps",
+    "num_epochs": "training.steps",
+    "epochs": "training.steps",
+    "grad_accum_steps": "training.global_batch_size",
+    "gradient_accumulation": "training.global_batch_size",
+    "context_length": "training.seq_len",
+    "block_size": "training.seq_len",
+    "gradient_clipping": "training.max_norm",
+    "clip": "training.max_norm",
+    "random_seed": "training.seed",
+    "dp_shard": "parallelism.data_parallel_shard_degree",
+    "dp_replicate": "parallelism.data_parallel_replicate_degree",
+    "betas": "optimizer.beta1",
+    "adam_beta1": "optimizer.beta1",
+    "adam_beta2": "optimizer.beta2",
+    "adam_epsilon": "optimizer.eps",
+    "save_freq": "checkpoint.interval",
+    "batch": "training.local_batch_size",
+    "path": "training.dataset_path",
+    "every": "checkpoint.interval",
+    "keep": "checkpoint.keep_latest_k",
+    "resume_from_checkpoint": "checkpoint.initial_load_path",
+    "eval_interval": "validation.freq",
+    "dataset_name": "training.dataset",
+    "wandb": "metrics.enable_wandb",
+    "tensorboard": "metrics.enable_tensorboard",
+    "fp16": "training.mixed_precision_param",
+    "hidden_size": "model.args",
+    "num_layers": "model.args",
+    "n_layers": "model.args",
+    "vocab_size": "model.args",
+    "workers": "data.num_workers",
+}
+SECTION_ALIASES = {
+    "optim": "optimizer",
+    "train": "training",
+    "trainer": "training",
+    "scheduler": "lr_scheduler",
+    "parallel": "parallelism",
+    "eval": "validation",
+    "val": "validation",
+    "ckpt": "checkpoint",
+    "ac": "activation_checkpoint",
+    "activation_checkpointing": "activation_checkpoint",
+    "log": "metrics",
+    "logging": "metrics",
+    "profile": "profiling",
+    "profiler": "profiling",
+    "dataset": "data",
+    "dataloader": "data",
 }
 
 
@@ -96,25 +146,34 @@ def sections() -> dict[str, str]:
 
 
 def suggest(key: str) -> str | None:
-    """Return the known key nearest to an unknown one, or None."""
-    last = key.rsplit(".", 1)[-1].replace("-", "_").lower()
-    if last in ALIASES:
-        return ALIASES[last]
+    """Return the known key nearest to an unknown one, or None if none is near."""
     known = fields()
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if near:
-        return near[0]
+    section, _, rest = key.replace("-", "_").lower().partition(".")
+    section = SECTION_ALIASES.get(section, section)
+    key = f"{section}.{rest}" if rest else section
+    if key in known:
+        return key
+    last = key.rsplit(".", 1)[-1]
+    if last in ALIASES:
+        here = f"{section}.{ALIASES[last].rsplit('.', 1)[-1]}"  # `validation.batch_size` means that section's
+        return here if here in known else ALIASES[last]
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if len(same_name) == 1:
         return same_name[0]
-    section = key.split(".", 1)[0]
-    in_section = [k for k in known if k.startswith(section + ".")]
-    by_name = {k.rsplit(".", 1)[-1]: k for k in (in_section or known)}
-    near = difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
-        return by_name[near[0]]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    return near[0] if near else None
+        return near[0]
+    if last in sections():  # `training.compile`: a section, which is switched on or named elsewhere
+        return next((k for k in (f"{last}.enable", f"{last}.name") if k in known), None)
+    in_section = {k.rsplit(".", 1)[-1]: k for k in known if k.startswith(section + ".")}
+    for choice, cutoff in ((in_section, 0.6), ({k.rsplit(".", 1)[-1]: k for k in known}, 0.75)):
+        with_words = [k for k in choice if set(last.split("_")) <= set(k.split("_"))]
+        if len(with_words) == 1:
+            return choice[with_words[0]]
+        near = difflib.get_close_matches(last, choice, n=1, cutoff=cutoff)
+        if near:
+            return choice[near[0]]
+    return None
 
 
 def get(config: Any, key: str) -> Any:

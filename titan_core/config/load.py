@@ -6,18 +6,17 @@ line. All problems are reported at once, each with the file and line that caused
 
 from __future__ import annotations
 
-import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import tomli
 
-from titan_core.config.catalog import RECIPES, recipes
 from titan_core.config.fields import Field, fields, sections, suggest
+from titan_core.config.files import read_chain
 from titan_core.config.schema import Config
+from titan_core.config.values import choices, convert, expects, literal, nearest_choice, parse_word, shown
 from titan_core.runtime.errors import ConfigError, Problem
 
 
@@ -54,7 +53,7 @@ def load(target: str | None, flags: list[tuple[str, str | None]] | None = None) 
     every problem found.
     """
     problems: list[Problem] = []
-    settings = _read_chain(target, problems) if target else []
+    settings: list[Setting | None] = list(_from_files(target)) if target else []
     settings += [_from_flag(key, word, problems) for key, word in flags or []]
     resolved = _merge([s for s in settings if s is not None], problems)
     if problems:
@@ -78,81 +77,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return msgspec.to_builtins(config)
 
 
-# ---------------------------------------------------------------------------------------------- files
-
-
-def find(target: str, relative_to: Path | None = None) -> Path:
-    """Return the file that a recipe name or a path stands for; raises `ConfigError` with the nearest recipe."""
-    known = recipes()
-    if target in known:
-        return known[target]
-    for base in (relative_to, Path()):
-        if base is not None and (base / target).is_file():
-            return base / target
-    import difflib
-
-    near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
-    tip = f"did you mean the recipe `{near[0]}`?" if near else "`titan train --list` shows the recipes"
-    kind = "file" if target.endswith(".toml") or "/" in target else "recipe or file"
-    raise ConfigError([Problem("", f"no such {kind}: `{target}`", tip=tip)])
-
-
-def _read_chain(target: str, problems: list[Problem]) -> list[Setting | None]:
+def _from_files(target: str) -> Iterator[Setting]:
     """Read a file and what it extends; the settings of the extended file come first."""
-    chain: list[list[Setting | None]] = []
-    path, seen = find(target), []
-    while path is not None:
-        if path in seen:
-            problems.append(Problem("extends", f"`{path}` extends itself", tip="remove one `extends` line"))
-            break
-        seen.append(path)
-        tree, lines = _parse(path)
-        parent = tree.pop("extends", None)
-        is_recipe = path.parent == RECIPES
-        label = f"recipe {path.stem}" if is_recipe else str(path)
-        kind = "recipe" if is_recipe else "file"
-        chain.append(
-            [
-                Setting(key, value, Source(kind, f"{label}:{lines[key]}" if key in lines else label))
-                for key, value in _flatten(tree)
-            ]
-        )
-        path = find(str(parent), relative_to=path.parent) if parent else None
-    return [setting for settings in reversed(chain) for setting in settings]
-
-
-def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError([Problem("", f"cannot read `{path}`: {error.strerror}")]) from None
-    except UnicodeDecodeError as error:
-        message = f"`{path}` is not a text file (byte {error.start} is not UTF-8)"
-        raise ConfigError([Problem("", message, tip="a config is a TOML file")]) from None
-    try:
-        return tomli.loads(text), _key_lines(text)
-    except tomli.TOMLDecodeError as error:
-        where = f"{path}:{error.lineno}:{error.colno}"
-        raise ConfigError([Problem("", f"not valid TOML: {error.msg}", where=where)]) from None
-
-
-def _key_lines(text: str) -> dict[str, int]:
-    """Map each dotted key to its line. Keys on lines of their own are found, which is how TOML is written."""
-    lines: dict[str, int] = {}
-    section = ""
-    for number, line in enumerate(text.split("\n"), 1):
-        header = re.match(r"\s*\[+\s*([\w.\-\"' ]+?)\s*\]+\s*(#.*)?$", line)
-        assignment = re.match(r"\s*([\w.\-\"']+)\s*=", line)
-        if header:
-            section = _unquote(header.group(1)) + "."
-            lines.setdefault(section[:-1], number)
-        elif assignment:
-            lines.setdefault(section + _unquote(assignment.group(1)), number)
-    return lines
-
-
-def _unquote(key: str) -> str:
-    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+    for file in read_chain(target):
+        for key, value in _flatten(file.tree):
+            yield Setting(key, value, Source("recipe" if file.is_recipe else "file", file.place(key)))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -172,11 +101,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def _from_flag(key: str, word: str | None, problems: list[Problem]) -> Setting | None:
     """Turn the words of `--section.key value` into a setting, by the type of the key."""
-    flag = f"--{key}"
+    flag = f"--{shown(key)}"
     key = key.replace("-", "_")
     source = Source("flag", flag)
     if key.startswith("model.args."):
-        value = None if word == "none" else _literal(word if word is not None else "true")
+        value = None if word == "none" else literal(word if word is not None else "true")
         return Setting("model.args", {key.removeprefix("model.args."): value}, source)
     section, _, name = key.rpartition(".")
     if key not in fields() and name.startswith("no_") and f"{section}.{name[3:]}" in fields():
@@ -188,48 +117,9 @@ def _from_flag(key: str, word: str | None, problems: list[Problem]) -> Setting |
     if word is None:
         if known.type is bool:
             return Setting(key, True, source)
-        problems.append(Problem(key, f"`{flag}` needs a value", flag, tip=_expects(known)))
+        problems.append(Problem(key, f"`{flag}` needs a value", flag, tip=expects(known.type, known.default)))
         return None
-    return Setting(key, _parse_word(known, word), source)
-
-
-def _parse_word(known: Field, word: str) -> Any:
-    """Read a word as the key's type would have it; a word that does not fit is left for the type check to refuse."""
-    plain, optional = _strip(known.type)
-    if optional and word.lower() in ("none", "null", ""):
-        return None
-    if plain is bool:
-        return {"true": True, "false": False, "1": True, "0": False}.get(word.lower(), word)
-    if plain in (int, float):
-        value = _literal(word.replace("_", ""))
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else word
-    if typing.get_origin(plain) is list:
-        if word.lstrip().startswith("["):
-            return _literal(word)
-        return [part.strip() for part in word.split(",") if part.strip()]
-    if plain is dict or typing.get_origin(plain) is dict:
-        return _literal(word)
-    return word
-
-
-def _literal(word: str) -> Any:
-    """Read a word as a TOML value, or as the string that it is."""
-    try:
-        return tomli.loads(f"v = {word}")["v"]
-    except tomli.TOMLDecodeError:
-        return word
-
-
-def _strip(hint: Any) -> tuple[Any, bool]:
-    """Return the type without None and without Annotated, and whether None was allowed."""
-    optional = False
-    args = typing.get_args(hint)
-    if type(None) in args:
-        optional = True
-        hint = next(a for a in args if a is not type(None))
-    while typing.get_origin(hint) is typing.Annotated:
-        hint = typing.get_args(hint)[0]
-    return hint, optional
+    return Setting(key, parse_word(known.type, word), source)
 
 
 # ---------------------------------------------------------------------------------------------- merge and check
@@ -243,18 +133,14 @@ def _merge(settings: list[Setting], problems: list[Problem]) -> Resolved:
         key, value = setting.key, setting.value
         known = fields().get(key)
         if known is None:
-            if key in sections():
-                message = f"`{key}` is a section, not a value"
-                problems.append(Problem(key, message, setting.source.where, tip=f"write `[{key}]`"))
-            else:
-                problems.append(_unknown(key, setting.source.where))
+            problems.append(_unknown(key, setting.source.where))
             continue
         if key == "model.args" and isinstance(value, dict):
             value = {**values.get(key, {}), **value}
         try:
-            values[key] = msgspec.convert(value, type=known.type)
-        except msgspec.ValidationError as error:
-            problems.append(_mismatch(known, value, setting.source, error))
+            values[key] = convert(known.type, value)
+        except ValueError as error:
+            problems.append(_mismatch(known, value, setting.source, str(error)))
         else:
             sources[key] = setting.source
     notes = _deprecations(values, sources, problems)
@@ -273,71 +159,26 @@ def _build(cls: type, prefix: str, values: dict[str, Any]) -> Any:
 
 
 def _unknown(key: str, where: str) -> Problem:
-    near = suggest(key)
-    tip = f"did you mean `{near}`?" if near else "`titan config list` shows every key"
-    return Problem(key, f"unknown key `{key}`", where, tip)
-
-
-def _mismatch(known: Field, value: Any, source: Source, error: Exception) -> Problem:
-    allowed = choices(known.type)
-    tip = _expects(known)
-    if allowed and isinstance(value, str):
-        import difflib
-
-        near = difflib.get_close_matches(value, [str(c) for c in allowed], n=1, cutoff=0.5)
-        if near:
-            tip = f"did you mean `{near[0]}`? ({tip})"
-    detail = "" if allowed else f": {str(error)[:1].lower()}{str(error)[1:]}"
-    return Problem(known.key, f"`{known.key}` cannot be `{value}`{detail}", source.where, tip)
-
-
-def choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a type allows, if it lists them."""
-    plain, _ = _strip(hint)
-    if typing.get_origin(plain) is list:
-        plain = typing.get_args(plain)[0]
-    return typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
-
-
-def _expects(known: Field) -> str:
-    allowed = choices(known.type)
-    if allowed:
-        return "one of " + ", ".join(str(choice) for choice in allowed)
-    return f"expects {type_name(known.type)}, e.g. `{toml_value(known.default)}`"
-
-
-def type_name(hint: Any) -> str:
-    """Return a type in words that a user of TOML knows."""
-    allowed = choices(hint)
-    plain, optional = _strip(hint)
-    if allowed:
-        name = " | ".join(str(choice) for choice in allowed)
-    elif typing.get_origin(plain) is list:
-        name = f"list of {type_name(typing.get_args(plain)[0])}"
-    elif typing.get_origin(plain) is dict:
-        name = "table"
-    else:
-        name = {int: "integer", float: "number", str: "string", bool: "true or false"}.get(
-            plain, getattr(plain, "__name__", str(plain))
+    if key in sections():
+        return Problem(
+            key, f"`{key}` is a section, not a value", where, tip=f"`titan config list {key}.` shows its keys"
         )
-    return f"{name}, optional" if optional else name
+    near = suggest(key)
+    section = key.partition(".")[0]
+    every = (
+        f"`titan config list {section}.` shows its keys" if section in sections() else "`titan config list` shows all"
+    )
+    tip = f"did you mean `{near}`?" if near else every
+    return Problem(key, f"unknown key `{shown(key)}`", where, tip)
 
 
-def toml_value(value: Any) -> str:
-    """Write a plain value as TOML."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return msgspec.json.encode(value).decode()
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {toml_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, int | float):
-        return repr(value)
-    return toml_value(msgspec.to_builtins(value))
+def _mismatch(known: Field, value: Any, source: Source, reason: str) -> Problem:
+    tip = expects(known.type, known.default)
+    near = nearest_choice(known.type, value)
+    if near is not None:
+        tip = f"did you mean `{near}`? ({tip})"
+    detail = "" if choices(known.type) and isinstance(value, str) else f": {reason}"
+    return Problem(known.key, f"`{known.key}` cannot be `{shown(value)}`{detail}", source.where, tip)
 
 
 def _deprecations(values: dict[str, Any], sources: dict[str, Source], problems: list[Problem]) -> list[str]:

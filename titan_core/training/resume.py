@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from titan_core.config.fields import fields, get
-from titan_core.config.load import toml_value
+from titan_core.config.values import toml_value
 from titan_core.config.schema import Config
 from titan_core.runtime.errors import ConfigError, Problem
 
