@@ -155,25 +155,6 @@ def test_validate_data(tmp_path: Path, capsys) -> None:
     assert [c["name"] for c in json.loads(out)["checks"] if not c["ok"]] == ["tokenizer"]
 
 
-def test_validate_config(capsys) -> None:
-    code, out, _ = call("validate", "config", "llama3_debugmodel", "--world", "4", capsys=capsys)
-    assert code == 0
-    assert "fsdp 4" in out
-    code, out, _ = call(
-        "validate",
-        "config",
-        "llama3_debugmodel",
-        "--model.flavor",
-        "9B",
-        "--training.dataset",
-        "c5",
-        "--json",
-        capsys=capsys,
-    )
-    assert code == 1
-    assert {c["name"] for c in json.loads(out)["checks"] if not c["ok"]} >= {"model", "data reachable"}
-
-
 def test_not_a_checkpoint_is_explained(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing at"):
         titan_core.load(str(tmp_path / "none"))

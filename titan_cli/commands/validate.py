@@ -9,9 +9,10 @@ import typer
 
 from titan_cli.context import config_of, no_flags, output_of
 from titan_cli.output import Output
+from titan_core.runtime.errors import ConfigError
 
 if TYPE_CHECKING:
-    from titan_core.jobs.validate import Report
+    from titan_core.jobs.stages import Report
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -32,11 +33,16 @@ def config(
     world: int | None = typer.Option(None, min=1, help="Number of ranks to plan for."),
 ) -> None:
     """Check a config: keys and types, rules, layout, model, data."""
-    resolved = config_of(ctx, target)
-    from titan_core.jobs import validate as job
+    from titan_core.jobs import validate_config as job
 
-    report = job.config(resolved, world)
-    report.checks.insert(0, job.Check("keys and types", True, f"{len(resolved.sources)} set"))
+    try:
+        resolved = config_of(ctx, target)
+    except ConfigError as error:
+        if not all(problem.key for problem in error.problems):  # no file, or not TOML: there is nothing to check
+            raise
+        report = job.unreadable(error.problems)
+    else:
+        report = job.run(resolved, world)
     _finish(output_of(ctx), report)
 
 
@@ -100,13 +106,20 @@ def _finish(output: Output, report: Report, **more: object) -> None:
     width = max(len(check.name) for check in report.checks)
     lines = []
     for number, check in enumerate(report.checks, 1):
-        verdict = "ok  " if check.ok else "fail"
+        verdict = {True: "ok  ", False: "fail", None: "skip"}[check.ok]
         lines.append(f"[{number}/{len(report.checks)}] {check.name:<{width}}  {verdict}  {check.text}")
-        if check.tip and not check.ok:
-            lines.append(f"{'':<{width + 14}}tip: {check.tip}")
+        indent = " " * (width + 14)
+        if len(check.problems) > 1:
+            for problem in check.problems:
+                lines.append(indent + problem.message + (f" ({problem.where})" if problem.where else ""))
+                lines += [f"{indent}  tip: {problem.tip}"] if problem.tip else []
+        elif check.tip and not check.ok:
+            lines.append(f"{indent}tip: {check.tip}")
+    failed = sum(check.ok is False for check in report.checks)
     checks = [dataclasses.asdict(check) for check in report.checks]
     if report.ok:
         output.result("\n".join(lines), checks=checks, **more)
         return
+    lines.append(f"{failed} of {len(report.checks)} checks failed")
     output.failed_checks("\n".join(lines), checks=checks, **more)
     raise typer.Exit(1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from titan_core.config.fields import get
+from titan_core.config.fields import fields, get
 from titan_core.config.load import Resolved
 from titan_core.config.schema import Config
-from titan_core.config.values import toml_value
+from titan_core.config.values import shown, toml_value
 from titan_core.runtime.errors import Problem
 
 # What this version does not do yet: key -> the only values that it accepts. A feature that arrives removes its line.
@@ -39,21 +40,32 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "training.debug_moe_force_load_balance": (False,),
 }
 
+PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")  # of a checkpoint
+
 
 def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
     """Return every problem of a config, for a number of ranks where that is known."""
     config = resolved.config
-    problems = [*_not_yet(config), *_batch(config), *_schedule(config), *_memory(config), *_files(config)]
-    if world_size is not None:
-        problems += _layout(config, world_size)
-    return [_placed(problem, resolved) for problem in problems]
+    rules = (_not_yet(resolved), _batch(config), _schedule(config), _memory(config), _files(config), _saving(config))
+    found = [_placed(problem, resolved) for problems in rules for problem in problems]
+    return found if world_size is None else found + check_layout(resolved, world_size)
 
 
-def _not_yet(config: Config) -> Iterator[Problem]:
-    found = [(key, get(config, key)) for key, accepted in NOT_YET.items() if get(config, key) not in accepted]
+def check_layout(resolved: Resolved, world_size: int) -> list[Problem]:
+    """Return what is wrong with the degrees of parallelism and the batch on this number of ranks."""
+    return [_placed(problem, resolved) for problem in _layout(resolved.config, world_size)]
+
+
+def _not_yet(resolved: Resolved) -> Iterator[Problem]:
+    """Name all keys that are not supported in one problem, each with its place."""
+    found = []
+    for key, accepted in NOT_YET.items():
+        value = get(resolved.config, key)
+        if value not in accepted:
+            source = resolved.sources.get(key)
+            found.append(f"{key} = {toml_value(value)}" + (f" ({source.where})" if source else ""))
     if found:
-        names = ", ".join(f"{key} = {toml_value(value)}" for key, value in found)
-        yield Problem(found[0][0], f"not supported in this version: {names}", tip="leave these keys out")
+        yield Problem("", f"not supported in this version: {', '.join(found)}", tip="leave these keys out")
 
 
 def _batch(config: Config) -> Iterator[Problem]:
@@ -109,6 +121,9 @@ def _memory(config: Config) -> Iterator[Problem]:
 
 
 def _files(config: Config) -> Iterator[Problem]:
+    for key in ("job.dump_folder", "checkpoint.folder"):
+        if not get(config, key).strip():
+            yield Problem(key, f"`{key}` is empty", tip=f"name a folder, e.g. `{fields()[key].default}`")
     if config.experimental.custom_import:
         import importlib.util
 
@@ -126,6 +141,29 @@ def _files(config: Config) -> Iterator[Problem]:
             yield Problem("profiling.profile_freq", message, tip=f"raise profiling.profile_freq to {needed} or more")
 
 
+def _saving(config: Config) -> Iterator[Problem]:
+    """Options that ask something of the checkpoints, which are off."""
+    saving, guard = config.checkpoint, config.guard
+    for key, value, wants in (
+        ("checkpoint.create_seed_checkpoint", saving.create_seed_checkpoint, True),
+        ("guard.non_finite", guard.non_finite, "rollback"),
+        ("guard.spike", guard.spike, "rollback"),
+    ):
+        if value == wants and not saving.enable:
+            message = f"`{key}` {toml_value(value)} needs checkpoints, and `checkpoint.enable` is off"
+            yield Problem(key, message, tip="set checkpoint.enable")
+    if saving.keep_best_k and not config.validation.enable:
+        message = (
+            f"`checkpoint.keep_best_k` {saving.keep_best_k} goes by validation loss, and `validation.enable` is off"
+        )
+        yield Problem("checkpoint.keep_best_k", message, tip="set validation.enable, or keep_best_k to 0")
+    for part in saving.exclude_from_loading:
+        if part not in PARTS:
+            near = difflib.get_close_matches(part, PARTS, n=1, cutoff=0.5)
+            tip = f"did you mean `{near[0]}`?" if near else "one of " + ", ".join(PARTS)
+            yield Problem("checkpoint.exclude_from_loading", f"a checkpoint has no part `{shown(part)}`", tip=tip)
+
+
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     """Do the degrees multiply to the number of ranks, and does the batch divide over them?"""
     parallel = config.parallelism
@@ -137,8 +175,9 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
             key=lambda pair: abs(pair[0] - replicate),
         )
         tries = " or ".join(f"replicate {r} x shard {s}" for r, s in near[:2])
+        which = "replicate" if shard == -1 else "shard"
         yield Problem(
-            "parallelism.data_parallel_shard_degree",
+            f"parallelism.data_parallel_{which}_degree",
             f"{world_size} ranks cannot be parallelism.data_parallel_replicate_degree {replicate} x "
             f"data_parallel_shard_degree {shard}",
             tip=f"try {tries}",

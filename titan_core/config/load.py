@@ -106,7 +106,9 @@ def _from_flag(key: str, word: str | None, problems: list[Problem]) -> Setting |
     source = Source("flag", flag)
     if key.startswith("model.args."):
         value = None if word == "none" else literal(word if word is not None else "true")
-        return Setting("model.args", {key.removeprefix("model.args."): value}, source)
+        for part in reversed(key.split(".")[2:]):
+            value = {part: value}
+        return Setting("model.args", value, source)
     section, _, name = key.rpartition(".")
     if key not in fields() and name.startswith("no_") and f"{section}.{name[3:]}" in fields():
         return Setting(f"{section}.{name[3:]}", False, source)
@@ -136,7 +138,7 @@ def _merge(settings: list[Setting], problems: list[Problem]) -> Resolved:
             problems.append(_unknown(key, setting.source.where))
             continue
         if key == "model.args" and isinstance(value, dict):
-            value = {**values.get(key, {}), **value}
+            value = _laid_over(values.get(key, {}), value)
         try:
             values[key] = convert(known.type, value)
         except ValueError as error:
@@ -144,7 +146,21 @@ def _merge(settings: list[Setting], problems: list[Problem]) -> Resolved:
         else:
             sources[key] = setting.source
     notes = _deprecations(values, sources, problems)
-    return Resolved(_build(Config, "", values), sources, notes)
+    config = _build(Config, "", values)
+    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
+    if warmup >= steps:
+        notes.append(f"lr_scheduler.warmup_steps {warmup} covers all {steps} steps: the learning rate only rises")
+    return Resolved(config, sources, notes)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return two nested tables as one; `above` wins."""
+    both = {
+        name: _laid_over(below[name], value) if isinstance(value, dict) and isinstance(below[name], dict) else value
+        for name, value in above.items()
+        if name in below
+    }
+    return {**below, **above, **both}
 
 
 def _build(cls: type, prefix: str, values: dict[str, Any]) -> Any:

@@ -55,7 +55,7 @@ def convert(hint: Any, value: Any) -> Any:
             raise ValueError("it has more than 64 bits")
         if isinstance(leaf, str) and "\0" in leaf:
             raise ValueError("it contains a zero byte")
-    unknown = _unknown_in_items(hint, value)
+    unknown = _unknown_name(hint, value)
     if unknown is not None:
         raise ValueError(unknown)
     return converted
@@ -99,7 +99,7 @@ def type_name(hint: Any) -> str:
     elif typing.get_origin(plain) is dict:
         name = "table"
     elif dataclasses.is_dataclass(plain):
-        name = "tables with " + ", ".join(field.name for field in dataclasses.fields(plain))
+        name = "table with " + ", ".join(field.name for field in dataclasses.fields(plain))
     else:
         name = {int: "integer", float: "number", str: "string", bool: "true or false"}[plain]
     return f"{name}, optional" if optional else name
@@ -168,17 +168,17 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _unknown_in_items(hint: Any, value: Any) -> str | None:
-    """Name a key that the tables of a list do not have; msgspec passes over them."""
+def _unknown_name(hint: Any, value: Any) -> str | None:
+    """Name a key that a table, alone or in a list, does not have; msgspec passes over them."""
     plain, _ = strip(hint)
-    item = typing.get_args(plain)[0] if typing.get_origin(plain) is list else None
-    if not dataclasses.is_dataclass(item):
+    if typing.get_origin(plain) is list and value is not None:
+        return next((found for item in value if (found := _unknown_name(typing.get_args(plain)[0], item))), None)
+    if not dataclasses.is_dataclass(plain) or not isinstance(value, dict):
         return None
-    known = [field.name for field in dataclasses.fields(item)]
-    for name in (name for table in value for name in table if name not in known):
+    known = [field.name for field in dataclasses.fields(plain)]
+    for name in (name for name in value if name not in known):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        more = f"; did you mean `{near[0]}`?" if near else ""
-        return f"its tables have no `{shown(name)}`{more}"
+        return f"it has no `{shown(name)}`" + (f"; did you mean `{near[0]}`?" if near else "")
     return None
 
 

@@ -1,11 +1,9 @@
-"""`titan validate`: staged checks of configs, checkpoints and data, and the loss of a checkpoint."""
+"""`titan validate`: staged checks of checkpoints and data, and the loss of a checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,46 +17,12 @@ from titan_core.data.lanes import LaneReader
 from titan_core.data.sources import Stream, open_source
 from titan_core.data.tokenizer import load_tokenizer
 from titan_core.jobs.load import load_trained, model_of, tokenizer_of
+from titan_core.jobs.stages import Report
 from titan_core.models import resolve
 from titan_core.nn.layers import set_compute_dtype
-from titan_core.parallel.mesh import Layout
 from titan_core.runtime.errors import CheckpointError, TitanError
 from titan_core.runtime.events import Listener, Progress, silent
 from titan_core.tasks.causal_lm import CausalLM
-
-
-@dataclass(frozen=True)
-class Check:
-    """One stage: its name, whether it holds, and what was seen."""
-
-    name: str
-    ok: bool
-    text: str
-    tip: str | None = None
-
-
-@dataclass
-class Report:
-    """All stages, each run even if one before it failed, unless it cannot be."""
-
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Do all hold?"""
-        return all(check.ok for check in self.checks)
-
-    def stage(self, name: str, work: Callable[[], str]) -> bool:
-        """Run a stage; a `TitanError` in it is its failure."""
-        try:
-            self.checks.append(Check(name, True, work()))
-        except KeyError as error:
-            self.checks.append(Check(name, False, f"the checkpoint does not say its {error}"))
-        except TitanError as error:
-            self.checks.append(
-                Check(name, False, error.message + (f" ({error.where})" if error.where else ""), error.tip)
-            )
-        return self.checks[-1].ok
 
 
 @dataclass(frozen=True)
@@ -170,27 +134,6 @@ def data(resolved: Resolved, *, samples: int = 4, listener: Listener = silent) -
     if all(both):
         report.stage("rows", lambda: _rows(found["source"], found["tokenizer"], resolved, samples, decoded))
     return report, decoded
-
-
-def config(resolved: Resolved, world_size: int | None) -> Report:
-    """Check what a loaded config promises: rules across sections, layout, model, data."""
-    from titan_core.config.checks import check
-
-    report = Report()
-
-    def rules() -> str:
-        problems = check(resolved)
-        if problems:
-            raise TitanError("; ".join(problem.message for problem in problems), tip=problems[0].tip)
-        return "sections agree"
-
-    report.stage("rules", rules)
-    if world_size is not None:
-        report.stage("layout", lambda: str(Layout.of(resolved.config.parallelism, world_size)))
-    report.stage("model", lambda: f"{resolved.config.model.name} {type(resolve(resolved.config.model)[1]).__name__}")
-    checked, _ = data(resolved, samples=0)
-    report.checks += [dataclasses.replace(one, name=f"data {one.name}") for one in checked.checks]
-    return report
 
 
 def _undamaged(path: str) -> str:

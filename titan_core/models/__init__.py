@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from titan_core.config import schema
+from titan_core.config.values import convert, expects, shown
 from titan_core.declare.family import Family
 from titan_core.runtime.errors import ConfigError, Problem, UsageError
 
@@ -37,20 +38,24 @@ def resolve(config: schema.Model) -> tuple[Family, Any]:
         raise ConfigError([Problem("model.flavor", message, where="model.flavor", tip=tip)])
     flavor = chosen.flavors[config.flavor]
     problems, changes = [], {}
-    hints = typing.get_type_hints(type(flavor))
+    hints = typing.get_type_hints(type(flavor), include_extras=True)
     for name, value in config.args.items():
         where = f"model.args.{name}"
         try:
-            changes[name] = msgspec.convert(value, hints[name])
+            changes[name] = convert(hints[name], value)
         except KeyError:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.4)
             tip = f"did you mean `{near[0]}`?" if near else "it has " + ", ".join(hints)
-            problems.append(Problem(where, f"{config.name} has no size `{name}`", where, tip))
-        except msgspec.ValidationError as error:
-            problems.append(Problem(where, f"`{where}` cannot be `{value}`: {error}", where))
+            problems.append(Problem(where, f"{config.name} has no size `{shown(name)}`", where, tip))
+        except ValueError as error:
+            message = f"`{where}` cannot be `{shown(value)}`: {error}"
+            problems.append(Problem(where, message, where, expects(hints[name], getattr(flavor, name))))
     if problems:
         raise ConfigError(problems)
-    return chosen, chosen.sizes(config.flavor, **changes)
+    try:
+        return chosen, chosen.sizes(config.flavor, **changes)
+    except ValueError as error:  # sizes that do not fit each other
+        raise ConfigError([Problem("model.args", f"{config.name} {config.flavor}: {error}", "model.args")]) from None
 
 
 def sizes_from_dict(chosen: Family, saved: dict[str, Any]) -> Any:

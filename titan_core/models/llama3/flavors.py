@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from titan_core.config.schema import Positive, PositiveFloat
 from titan_core.declare.rope import RopeScaling
 
 
@@ -12,19 +13,29 @@ from titan_core.declare.rope import RopeScaling
 class LlamaSizes:
     """Everything that determines the shape and the arithmetic of a Llama 3."""
 
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 8
-    ffn_dim: int = 14336
-    vocab_size: int = 128256
-    norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
+    dim: Positive = 4096
+    n_layers: Positive = 32
+    n_heads: Positive = 32
+    n_kv_heads: Positive = 8
+    ffn_dim: Positive = 14336
+    vocab_size: Positive = 128256
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 500000.0
     rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
-    max_seq_len: int = 131072
+    max_seq_len: Positive = 131072
     tied: bool = False
     depth_init: bool = True
     attention_mask: Literal["causal", "block_causal"] = "causal"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads:
+            raise ValueError(f"n_heads {self.n_heads} does not divide dim {self.dim}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"dim {self.dim} over n_heads {self.n_heads} is {self.head_dim}, which is odd: no rotation"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
 
     @property
     def head_dim(self) -> int:
