@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import tomli
 
 from titan_core.config.catalog import RECIPES, recipes
+from titan_core.config.values import shown
 from titan_core.runtime.errors import ConfigError, Problem
 
 _QUOTES = re.compile(r'"""|\'\'\'')
@@ -42,17 +44,16 @@ def find(target: str, relative_to: Path | None = None, where: str | None = None)
     known = recipes()
     if target in known:
         return known[target]
-    if "\0" not in target:
-        for base in (relative_to, Path()):
-            if base is not None and _is_file(base / target):
-                return base / target
-        if Path(target).is_dir():
-            tip = f"`titan config show {target}` shows the config of a run"
-            raise ConfigError([Problem("", f"`{target}` is a folder, not a recipe or file", where, tip)])
+    for base in (relative_to, Path()):
+        if base is not None and os.path.isfile(base / target):  # Path.is_file raises for a name that is too long
+            return base / target
+    if os.path.isdir(target):
+        tip = f"`titan config show {target}` shows the config of a run"
+        raise ConfigError([Problem("", f"`{target}` is a folder, not a recipe or file", where, tip)])
     near = difflib.get_close_matches(target, known, n=1, cutoff=0.4)
     tip = f"did you mean the recipe `{near[0]}`?" if near else "`titan train --list` shows the recipes"
     kind = "file" if target.endswith(".toml") or "/" in target else "recipe or file"
-    raise ConfigError([Problem("", f"no such {kind}: `{target}`", where, tip)])
+    raise ConfigError([Problem("", f"no such {kind}: `{shown(target)}`", where, tip)])
 
 
 def read_chain(target: str) -> list[TomlFile]:
@@ -73,13 +74,6 @@ def read_chain(target: str) -> list[TomlFile]:
             message = f"`{path}` extends itself" + (f", by way of `{chain[-1].label}`" if len(chain) > 1 else "")
             raise ConfigError([Problem("extends", message, where, tip="remove one `extends` line")])
     return chain[::-1]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long
-        return False
 
 
 def _parse(path: Path) -> TomlFile:

@@ -6,6 +6,7 @@ line. All problems are reported at once, each with the file and line that caused
 
 from __future__ import annotations
 
+import functools
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -163,9 +164,12 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return {**below, **above, **both}
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def _build(cls: type, prefix: str, values: dict[str, Any]) -> Any:
     kwargs = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in _hints(cls).items():
         key = f"{prefix}{name}"
         if key in sections():
             kwargs[name] = _build(hint, key + ".", values)
