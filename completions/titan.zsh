@@ -8,4 +8,5 @@ _titan() {
     done
     if (( ${#found} )); then _describe titan found; else _files; fi
 }
-compdef _titan titan
+# the first completion runs this file as the function, later ones the function that it defines
+if [[ "${funcstack[1]}" == "_titan" ]]; then _titan "$@"; else compdef _titan titan; fi

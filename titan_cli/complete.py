@@ -6,16 +6,19 @@ that comes back is a candidate, a tab, and its help. No torch is loaded on the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 VARIABLE = "_TITAN_COMPLETE"
 _WITH_CONFIG = {("train",), ("config", "show"), ("validate", "config"), ("validate", "data")}
 _WITH_RECIPE = _WITH_CONFIG | {("config", "diff")}
+_COLORS = ("auto", "always", "never")
+_WORDS = {"--resume": ("auto", "never"), "--nproc": ("auto",), "--device": ("cpu", "cuda")}
 _GLOBAL = {
+    "--help": "Show what a command takes.",
     "--json": "One JSON object on stdout.",
     "--quiet": "Only results and errors.",
+    "--verbose": "What was set and where.",
     "--color": "auto, always or never.",
     "--traceback": "Show the traceback of an error.",
 }
@@ -40,7 +43,8 @@ _titan() {
     done
     if (( ${#found} )); then _describe titan found; else _files; fi
 }
-compdef _titan titan
+# the first completion runs this file as the function, later ones the function that it defines
+if [[ "${funcstack[1]}" == "_titan" ]]; then _titan "$@"; else compdef _titan titan; fi
 """,
     "fish": """\
 # fish completion for titan
@@ -69,68 +73,105 @@ def answer(words: list[str], root: Any) -> str:
 
 
 def candidates(words: list[str], typed: str, root: Any) -> list[tuple[str, str]]:
-    """Return (value, help) for the word being typed after complete `words`."""
+    """Return (value, help) for the word being typed after complete `words`; none at all means files."""
+    words = [word for word in words if word != "="]  # bash makes three words of `--key=value`
+    typed = "" if typed == "=" else typed
     path, command = _command(words, root)
-    previous = words[-1] if words else ""
-    if previous.startswith("--"):
-        values = list(_values(previous[2:]))
-        if values:
-            return [(value, "") for value in values if value.startswith(typed)]
+    if command is None:
+        return []
+    option, equals, begun = typed.partition("=")
+    if equals and option.startswith("--"):
+        values = _values(option, path, command) or {}
+        return [(f"{option}={value}", text) for value, text in values.items() if value.startswith(begun)]
     if typed.startswith("-"):
-        found = {**_options(command), **_GLOBAL}
-        if path in _WITH_CONFIG:
-            found |= _keys()
-        return [(name, text) for name, text in found.items() if name.startswith(typed)]
-    commands = getattr(command, "list_commands", None)
-    if commands is not None:
-        named = [(name, command.get_command(None, name)) for name in commands(None)]
-        return [(name, _first_line(one.help)) for name, one in named if name.startswith(typed)]
+        return _beginning(typed, _options(path, command))
+    values = _values(words[-1], path, command) if words and words[-1].startswith("--") else None
+    return _beginning(typed, _positional(path, command) if values is None else values)
+
+
+def _positional(path: tuple[str, ...], command: Any) -> dict[str, str]:
+    """Return what may stand next without an option: commands, recipes, keys, shells."""
+    if hasattr(command, "list_commands"):
+        helps = getattr(command, "one_line_helps", None)  # of the root: nothing is imported for it
+        if helps is not None:
+            return helps()
+        return {name: _first_line(command.get_command(None, name).help) for name in command.list_commands(None)}
     if path in _WITH_RECIPE:
         from titan_core.config.catalog import describe, recipes
 
-        return [(name, describe(path)) for name, path in recipes().items() if name.startswith(typed)]
-    if path == ("config", "explain"):
-        return [(name[2:], text) for name, text in _keys().items() if name[2:].startswith(typed)]
-    return []
+        return {name: describe(file) for name, file in recipes().items()}
+    if path in (("config", "explain"), ("config", "list")):
+        return {name[2:]: text for name, text in _keys().items()}
+    return next((found for parameter in command.params if (found := _choices(parameter)) and not _named(parameter)), {})
+
+
+def _values(option: str, path: tuple[str, ...], command: Any) -> dict[str, str] | None:
+    """Return the values that an option takes: none if they cannot be listed, None if it takes no value."""
+    from titan_core.config.fields import fields
+    from titan_core.config.values import choices
+
+    key = option[2:].replace("-", "_")
+    if option in _GLOBAL:
+        return dict.fromkeys(_COLORS, "") if option == "--color" else None
+    if path in _WITH_CONFIG and key in fields():
+        listed = ("true", "false") if fields()[key].type is bool else choices(fields()[key].type)
+        return {str(value): "" for value in listed}
+    if path in _WITH_CONFIG and option == "--run":
+        return {}
+    for parameter in command.params:
+        if option in parameter.opts:
+            if getattr(parameter, "is_flag", False):
+                return None
+            if option == "--allow-change":
+                return {name[2:]: text for name, text in _keys().items()}
+            return dict.fromkeys(_WORDS.get(option, ()), "") or _choices(parameter)
+    return None
+
+
+def _beginning(typed: str, found: dict[str, str]) -> list[tuple[str, str]]:
+    return [(value, text) for value, text in found.items() if value.startswith(typed)]
 
 
 def _command(words: list[str], root: Any) -> tuple[tuple[str, ...], Any]:
-    """Walk down the tree along the words; options and their values on the way are passed over."""
+    """Walk down the tree along the words; the command is None if a word names none."""
     path: tuple[str, ...] = ()
     command = root
-    for word in words:
-        if word.startswith("-") or not hasattr(command, "list_commands"):
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") or before == "--color":
             continue
-        below = command.get_command(None, word)
-        if below is not None:
-            path, command = (*path, word), below
+        if not hasattr(command, "list_commands"):
+            break
+        command = command.get_command(None, word)
+        path = (*path, word)
+        if command is None:
+            break
     return path, command
 
 
-def _options(command: Any) -> dict[str, str]:
-    return {
+def _options(path: tuple[str, ...], command: Any) -> dict[str, str]:
+    found = {
         name: _first_line(getattr(parameter, "help", None))
         for parameter in command.params
-        for name in parameter.opts
-        if name.startswith("--")
+        for name in _named(parameter)
     }
+    if path in _WITH_CONFIG:
+        found |= {"--run": "Folder of the run: short for --job.dump_folder.", **_keys()}
+    return found | _GLOBAL
+
+
+def _named(parameter: Any) -> list[str]:
+    """Return the option's long names; none for a positional argument."""
+    return [name for name in parameter.opts if name.startswith("--")]
+
+
+def _choices(parameter: Any) -> dict[str, str]:
+    return {str(choice): "" for choice in getattr(parameter.type, "choices", ())}
 
 
 def _keys() -> dict[str, str]:
     from titan_core.config.fields import fields
 
     return {f"--{key}": field.help for key, field in fields().items()}
-
-
-def _values(key: str) -> Iterator[str]:
-    """Yield the values that a config key can have, if they can be listed."""
-    from titan_core.config.fields import fields
-    from titan_core.config.values import choices
-
-    if key in fields():
-        if fields()[key].type is bool:
-            yield from ("true", "false")
-        yield from (str(choice) for choice in choices(fields()[key].type))
 
 
 def _first_line(text: str | None) -> str:
