@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from titan_cli.context import config_of, flags_of, output_of
+from titan_cli.context import config_of, no_flags, output_of
 from titan_core.config.fields import fields, get, sections, suggest
 from titan_core.config.load import Resolved, from_dict, load, to_dict
 from titan_core.config.schema import Config
@@ -35,7 +35,11 @@ def show(
     changed: bool = typer.Option(False, "--changed", help="Only what differs from the defaults."),
 ) -> None:
     """Print the resolved config as TOML."""
-    resolved = _resolve(ctx, target)
+    if target is not None and Path(target).is_dir():
+        no_flags(ctx)  # what a run recorded is what it is
+        resolved = Resolved(recorded_config(target))
+    else:
+        resolved = config_of(ctx, target)
     output_of(ctx).result(
         as_toml(resolved, why=why, helps=help_comments, changed=changed),
         config=to_dict(resolved.config),
@@ -46,6 +50,7 @@ def show(
 @app.command()
 def schema(ctx: typer.Context) -> None:
     """Print a JSON Schema for editors."""
+    no_flags(ctx)
     tree = json_schema()
     output_of(ctx).result(json.dumps(tree, indent=2), json_schema=tree)
 
@@ -57,15 +62,24 @@ def diff(
     second: str = typer.Argument(..., help="Recipe, file or run folder."),
 ) -> None:
     """Show the keys in which two configs differ."""
-    one, two = _resolve(ctx, first, plain=True).config, _resolve(ctx, second, plain=True).config
+    no_flags(ctx)
+    one, two = (recorded_config(name) if Path(name).is_dir() else load(name).config for name in (first, second))
     found = {key: (get(one, key), get(two, key)) for key in fields() if get(one, key) != get(two, key)}
     lines = [f"{key} = {toml_value(a)} -> {toml_value(b)}" for key, (a, b) in found.items()]
     output_of(ctx).result("\n".join(lines) or "no difference", differences={k: list(v) for k, v in found.items()})
 
 
 @app.command()
-def explain(ctx: typer.Context, key: str = typer.Argument(..., help="Dotted key, e.g. optimizer.lr.")) -> None:
+def explain(ctx: typer.Context, key: str = typer.Argument(..., help="Key or section, e.g. optimizer.lr.")) -> None:
     """Say what a key means, what it takes, and its default."""
+    no_flags(ctx)
+    key = key.removeprefix("--").replace("-", "_")
+    if key in sections():
+        below = {name: field.help for name, field in fields().items() if name.startswith(f"{key}.")}
+        width = max(map(len, below))
+        lines = [f"{key}\n  {sections()[key]}", *(f"  {name:<{width}}  {text}" for name, text in below.items())]
+        output_of(ctx).result("\n".join(lines), section=key, help=sections()[key], keys=below)
+        return
     known = fields().get(key)
     if known is None:
         near = suggest(key)
@@ -78,6 +92,7 @@ def explain(ctx: typer.Context, key: str = typer.Argument(..., help="Dotted key,
 @app.command("list")
 def list_keys(ctx: typer.Context, prefix: str = typer.Argument("", help="Only keys that begin so.")) -> None:
     """List keys with their defaults and help."""
+    no_flags(ctx)
     chosen = [field for key, field in fields().items() if key.startswith(prefix)]
     if not chosen:
         near = difflib.get_close_matches(prefix, [*sections(), *fields()], n=1, cutoff=0.4)
@@ -128,6 +143,8 @@ def json_schema() -> dict[str, Any]:
                 entry.setdefault("default", fields()[f"{prefix}{key}"].default)
 
     describe("Config", "")
+    for definition in definitions.values():
+        definition["additionalProperties"] = False  # an editor then marks a misspelt key
     definitions["Config"]["properties"]["extends"] = {
         "type": "string",
         "description": "Recipe or file whose values are taken where this file sets none.",
@@ -135,26 +152,19 @@ def json_schema() -> dict[str, Any]:
     return tree
 
 
-def _resolve(ctx: typer.Context, target: str | None, *, plain: bool = False) -> Resolved:
-    """Load a recipe, a file, or the config that a run recorded."""
-    if target is not None and Path(target).is_dir():
-        return Resolved(recorded_config(target))
-    return load(target) if plain else config_of(ctx, target)
-
-
 def recorded_config(folder: str) -> Config:
     """Return the config that a run's metrics file recorded last."""
     path = Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        raise UsageError(f"`{folder}` is not a run folder: it has no metrics.jsonl")
     config = None
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line) if '"config"' in line else {}
-            config = record.get("config", config)
-    if config is None:
-        raise UsageError(f"`{path}` records no config")
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if '"config"' in line and line.endswith("\n"):  # else a run that was killed was writing it
+                    config = json.loads(line).get("config", config)
+    except FileNotFoundError:
+        raise UsageError(f"`{folder}` is not a run folder: it has no metrics.jsonl") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"cannot read the run's records: {error}", where=str(path)) from None
+    if not isinstance(config, dict):
+        raise UsageError("the run recorded no config", where=str(path))
     return from_dict(config, str(path))
-
-
-__all__ = ["app", "as_toml", "flags_of", "json_schema", "recorded_config"]

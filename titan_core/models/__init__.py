@@ -12,7 +12,7 @@ import msgspec
 from titan_core.config import schema
 from titan_core.config.values import convert, expects, shown
 from titan_core.declare.family import Family
-from titan_core.runtime.errors import ConfigError, Problem, UsageError
+from titan_core.runtime.errors import ConfigError, Problem
 
 FAMILIES = {"llama3": "titan_core.models.llama3"}
 
@@ -23,7 +23,7 @@ def family(name: str) -> Family:
         near = difflib.get_close_matches(name, FAMILIES, n=1, cutoff=0.4)
         known = ", ".join(FAMILIES)
         tip = f"did you mean `{near[0]}`? known: {known}" if near else f"known families: {known}"
-        raise UsageError(f"no model family `{name}`", where="model.name", tip=tip)
+        raise ConfigError([Problem("model.name", f"no model family `{name}`", where="model.name", tip=tip)])
     return importlib.import_module(FAMILIES[name]).FAMILY
 
 
@@ -37,7 +37,7 @@ def resolve(config: schema.Model) -> tuple[Family, Any]:
         message = f"{config.name} has no flavor `{config.flavor}`"
         raise ConfigError([Problem("model.flavor", message, where="model.flavor", tip=tip)])
     flavor = chosen.flavors[config.flavor]
-    problems, changes = [], {}
+    found, changes = [], {}
     hints = typing.get_type_hints(type(flavor), include_extras=True)
     for name, value in config.args.items():
         where = f"model.args.{name}"
@@ -46,16 +46,25 @@ def resolve(config: schema.Model) -> tuple[Family, Any]:
         except KeyError:
             near = difflib.get_close_matches(name, hints, n=1, cutoff=0.4)
             tip = f"did you mean `{near[0]}`?" if near else "it has " + ", ".join(hints)
-            problems.append(Problem(where, f"{config.name} has no size `{shown(name)}`", where, tip))
+            found.append(Problem(where, f"{config.name} has no size `{shown(name)}`", where, tip))
         except ValueError as error:
             message = f"`{where}` cannot be `{shown(value)}`: {error}"
-            problems.append(Problem(where, message, where, expects(hints[name], getattr(flavor, name))))
-    if problems:
-        raise ConfigError(problems)
+            found.append(Problem(where, message, where, expects(hints[name], getattr(flavor, name))))
+    if found:
+        raise ConfigError(found)
     try:
         return chosen, chosen.sizes(config.flavor, **changes)
     except ValueError as error:  # sizes that do not fit each other
         raise ConfigError([Problem("model.args", f"{config.name} {config.flavor}: {error}", "model.args")]) from None
+
+
+def problems(config: schema.Model) -> list[Problem]:
+    """Return what is wrong with `[model]`: known before torch is loaded."""
+    try:
+        resolve(config)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def sizes_from_dict(chosen: Family, saved: dict[str, Any]) -> Any:
