@@ -13,7 +13,7 @@ from tests.cli.test_cli import call
 from tests.runs import losses, tiny
 from titan_core.config.schema import Data
 from titan_core.data.sources import open_source
-from titan_core.jobs import doctor, generate, validate
+from titan_core.jobs import generate, validate
 from titan_core.jobs.load import load_trained
 from titan_core.runtime.errors import CheckpointError, UsageError
 
@@ -160,18 +160,6 @@ def test_not_a_checkpoint_is_explained(tmp_path: Path) -> None:
         titan_core.load(str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         titan_core.load(str(tmp_path))
-
-
-def test_doctor(tmp_path: Path, capsys) -> None:
-    code, out, _ = call("doctor", "--folder", str(tmp_path), "--json", capsys=capsys)
-    found = {finding["name"]: finding for finding in json.loads(out)["findings"]}
-    assert code == 0
-    assert found["torch"]["text"] == torch.__version__
-    assert "gloo" in found["collectives"]["text"]
-    assert found["disk"]["state"] == "ok"
-    assert all(f["tip"] for f in found.values() if f["state"] == "missing")
-    bad = doctor.Finding("disk", "wrong", "cannot write")
-    assert not doctor.can_train([bad])
 
 
 def test_embedded_documents_are_many() -> None:
