@@ -147,7 +147,8 @@ def test_validate_data(tmp_path: Path, capsys) -> None:
     empty = tmp_path / "a.txt"
     empty.write_text("")
     code, out, _ = call("validate", "data", "llama3_debugmodel", "--training.dataset_path", str(empty), capsys=capsys)
-    assert "row" in out
+    assert code == 1
+    assert "fail" in out
     code, out, _ = call(
         "validate", "data", "llama3_debugmodel", "--model.args.vocab_size", "100", "--json", capsys=capsys
     )
