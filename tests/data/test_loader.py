@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,9 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
 
 
 @pytest.mark.parametrize("source", ["embedded", "jsonl", "stream"])
-@pytest.mark.parametrize(("ranks", "local", "workers"), [(1, 8, 0), (2, 2, 0), (4, 1, 0), (2, 4, 2), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "local", "workers"), [(1, 8, 0), (2, 2, 0), (4, 1, 0), (2, 4, 2), (1, 4, 1), (2, 1, 3)]
+)
 def test_batches_are_the_same_for_any_layout(source, ranks, local, workers, tokenizer, corpus) -> None:
     path = None if source == "embedded" else corpus
     options = {"streaming": source == "stream", "shuffle_window": 16}
@@ -99,34 +102,90 @@ def test_resume_is_exact_on_another_layout(source, cut, tokenizer, corpus) -> No
     close(first + reference)
 
 
-@pytest.mark.parametrize("rows", [4, 12, 6])
-def test_resume_with_another_global_batch_loses_no_row(rows: int, tokenizer, corpus) -> None:
-    reference = loaders(tokenizer, corpus)
+@pytest.mark.parametrize("source", ["jsonl", "stream"])
+@pytest.mark.parametrize(("rows", "workers"), [(4, 0), (12, 0), (6, 3)])
+def test_resume_with_another_global_batch_loses_no_row(source, rows, workers, tokenizer, corpus) -> None:
+    options = {"streaming": source == "stream", "shuffle_window": 16}
+    reference = loaders(tokenizer, corpus, **options)
     whole = torch.cat(read(reference, 15), dim=1)
-    first = loaders(tokenizer, corpus)
+    first = loaders(tokenizer, corpus, **options)
     read(first, 3)
-    group = loaders(tokenizer, corpus, 2, rows // 2, rows)
+    group = loaders(tokenizer, corpus, 2, rows // 2, rows, num_workers=workers, **options)
     for loader in group:
         loader.load_state_dict(merge_states([first[0].state_dict()]))
-    found = torch.cat(read(group, 96 // rows), dim=1)
-    assert torch.equal(found, whole[:, 3 * GLOBAL : 3 * GLOBAL + 96])
+    found = torch.cat(read(group, 48 // rows), dim=1)
     state = merge_states([loader.state_dict() for loader in group])
-    again = loaders(tokenizer, corpus, 1, GLOBAL)
-    again[0].load_state_dict(state)
+    again = loaders(tokenizer, corpus, 1, GLOBAL, **options)
+    again[0].load_state_dict(json.loads(json.dumps(state)))
+    found = torch.cat([found, *read(again, 6)], dim=1)
+    assert torch.equal(found, whole[:, 3 * GLOBAL :])
+    assert data_hash(merge_states([again[0].state_dict()])) == data_hash(merge_states([reference[0].state_dict()]))
     close(group + first + reference + again)
 
 
-def test_every_document_is_read_once_an_epoch(tokenizer, corpus) -> None:
-    """The counted labels of an epoch hold each document's text exactly once."""
+def test_a_stream_is_not_read_from_the_start_again_after_the_global_batch_changed(tokenizer, corpus) -> None:
+    options = {"streaming": True, "shuffle_window": 16}
+    first = loaders(tokenizer, corpus, **options)
+    read(first, 1)
+    group = loaders(tokenizer, corpus, 2, 2, GLOBAL // 2, **options)
+    for loader in group:
+        loader.load_state_dict(merge_states([first[0].state_dict()]))
+    read(group, 40)
+    state = merge_states([loader.state_dict() for loader in group])
+    needed = min(int(lane) + position[1] * GLOBAL for lane, position in state["positions"].items())
+    assert needed > 100
+    assert needed - 3 * 16 < state["stream"]["number"] <= needed
+    close(group + first)
+
+
+@pytest.mark.parametrize("source", ["jsonl", "stream"])
+def test_lanes_hold_the_documents_in_order_and_whole(source, tokenizer, corpus) -> None:
+    """What a lane's rows spell is its documents, one after the other, no token lost, over the ends of epochs."""
+    options = {"streaming": source == "stream", "shuffle_window": 16}
+    group = loaders(tokenizer, corpus, 2, 2, **options)
+    steps = read(group, 20)
+    texts = []
+    for lane in range(GLOBAL):
+        stream = [int(steps[0][0, lane, 0]), *(int(token) for step in steps for token in step[1, lane])]
+        for step, following in pairwise(steps):
+            assert step[1, lane, -1] == following[0, lane, 0]
+        ends = [i for i, token in enumerate(stream) if token == tokenizer.eos_id]
+        starts = [0, *(end + 1 for end in ends)]
+        pieces = [stream[start : end + 1] for start, end in zip(starts, ends, strict=False)]
+        assert all(piece[0] == tokenizer.bos_id for piece in pieces)
+        texts.append([tokenizer.decode(piece) for piece in pieces])
+    epoch = [texts[number % GLOBAL][number // GLOBAL] for number in range(80)]
+    written = sorted(json.loads(line)["text"] for line in corpus.read_text().splitlines())
+    assert sorted(epoch[:40]) == sorted(epoch[40:]) == written
+    assert epoch[:40] != epoch[40:]
+    close(group)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_fewer_documents_than_lanes(size: int, streaming: bool, tokenizer, tmp_path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"number {i}"}) for i in range(size)))
+    reference, group = loaders(tokenizer, path, streaming=streaming), loaders(tokenizer, path, 4, streaming=streaming)
+    whole = read(reference, 6)
+    assert_same(read(group, 3), whole[:3])
+    state = merge_states([loader.state_dict() for loader in group])
+    (again,) = loaders(tokenizer, path, streaming=streaming)
+    again.load_state_dict(state)
+    assert_same(read([again], 3), whole[3:])
+    close([*group, *reference, again])
+
+
+def test_every_document_is_whole_where_they_are_not_split(tokenizer, corpus) -> None:
     group = loaders(tokenizer, corpus, split_documents=False)
     texts = []
-    for step in read(group, 12):
-        tokens, _, documents = step
+    for tokens, _, documents in read(group, 12):
         for row, numbers in zip(tokens, documents, strict=True):
-            for number in range(int(numbers.max()) + 1):
-                texts.append(tokenizer.decode(row[numbers == number].tolist()))
-    starts = [text.split()[1] for text in texts if text.startswith("document")]
-    assert sorted(set(starts), key=int) == [str(i) for i in range(40)]
+            pieces = [row[numbers == number].tolist() for number in range(int(numbers.max()) + 1)]
+            assert all(piece[0] == tokenizer.bos_id for piece in pieces)
+            texts += [tokenizer.decode(piece) for piece in pieces]
+    written = {json.loads(line)["text"] for line in corpus.read_text().splitlines()}
+    assert set(texts) == written
     close(group)
 
 
@@ -162,16 +221,59 @@ def test_other_data_is_refused(tokenizer, corpus, tmp_path) -> None:
     assert "exclude_from_loading" in (caught.value.tip or "")
 
 
-def test_errors_of_the_background_reach_the_reader(tokenizer, tmp_path) -> None:
+def test_another_order_is_refused(tokenizer, corpus) -> None:
+    options = {"streaming": True}
+    state = merge_states([loaders(tokenizer, corpus, shuffle_window=16, **options)[0].state_dict()])
+    for other in ({"shuffle_window": 17, **options}, {"shuffle": False, **options}):
+        with pytest.raises(DataError, match=r"order of the data .*shuffled in windows of 16"):
+            loaders(tokenizer, corpus, **other)[0].load_state_dict(state)
+
+
+def test_ranks_that_read_the_same_data_count_once(tokenizer, corpus) -> None:
+    group = loaders(tokenizer, corpus, 2)
+    read(group, 2)
+    states = [loader.state_dict() for loader in group]
+    assert merge_states([states[0], states[0], states[1], states[1]]) == merge_states(states)
+    close(group)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_of_the_background_reach_the_reader(workers: int, tokenizer, tmp_path) -> None:
     gone = tmp_path / "a.txt"
     gone.write_text("text " * 50)
-    for workers in (0, 2):
-        gone.write_text("text " * 50)
-        group = loaders(tokenizer, tmp_path, local=2, num_workers=workers, shuffle=False)
-        gone.unlink()
+    group = loaders(tokenizer, tmp_path, local=2, num_workers=workers, shuffle=False)
+    gone.unlink()
+    for _ in range(2):  # the second time too, instead of waiting for ever
         with pytest.raises(DataError, match="cannot read"):
             read(group, 1)
-        close(group)
+    close(group)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_without_text_ends_the_run(workers: int, tokenizer, tmp_path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text('{"text": ""}\n' * 5)
+    group = loaders(tokenizer, path, num_workers=workers)
+    with pytest.raises(DataError, match="10,000 documents in a row have no text"):
+        read(group, 2000)
+    close(group)
+
+
+def test_a_position_in_the_middle_of_a_step_is_refused(tokenizer, corpus) -> None:
+    (loader,) = loaders(tokenizer, corpus)
+    next(loader)
+    with pytest.raises(AssertionError, match="middle of a step"):
+        loader.state_dict()
+    loader.close()
+
+
+def test_a_large_text_file_does_not_give_equal_rows(tokenizer, tmp_path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i} of the book\n" for i in range(30_000)))
+    group = loaders(tokenizer, path)
+    tokens = read(group, 1)[0][0]
+    assert len({tuple(row.tolist()) for row in tokens}) == GLOBAL
+    close(group)
 
 
 # ------------------------------------------------------------------------------------------------ validation

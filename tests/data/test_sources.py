@@ -1,11 +1,14 @@
 """Opening data sets: what is there is found, what is not is explained."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
 from titan_core.config.schema import Data
+from titan_core.data import tables
+from titan_core.data.local_files import PIECE_BYTES
 from titan_core.data.sources import Stream, open_source
 from titan_core.runtime.errors import DataError
 
@@ -46,16 +49,106 @@ def test_local_formats(kind: str, tmp_path: Path) -> None:
     assert [source.text(i) for i in range(len(source))] == texts
 
 
-def test_streaming_local(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(10)))
-    source, _ = opened(path=path, streaming=True)
+def write(path: Path, texts: list[str]) -> Path:
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({"number": range(len(texts)), "text": texts})
+        pq.write_table(table, path, row_group_size=3)
+    else:
+        path.write_text("\n".join(json.dumps({"number": i, "text": text}) for i, text in enumerate(texts)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_stream_goes_on_where_its_state_was_taken(suffix: str, tmp_path: Path) -> None:
+    texts = [f"t{i}" for i in range(20)]
+    write(tmp_path / f"a{suffix}", texts[:11])
+    write(tmp_path / f"b{suffix}", texts[11:])
+    source, _ = opened(path=tmp_path, streaming=True)
     assert isinstance(source, Stream)
-    reader = source.read(None)
-    assert [next(reader) for _ in range(4)] == ["t0", "t1", "t2", "t3"]
-    state = source.state()
-    assert list(source.read(state)) == [f"t{i}" for i in range(4, 10)]
-    assert next(iter(source.read(None))) == "t0"
+    for cut in (1, 4, 10, 11, 12, 19):
+        reader = source.read(None)
+        assert [next(reader) for _ in range(cut)] == texts[:cut]
+        state = json.loads(json.dumps(source.state()))
+        again, _ = opened(path=tmp_path, streaming=True)
+        assert isinstance(again, Stream)
+        assert list(again.read(state)) == texts[cut:]
+    assert list(source.read(None)) == texts
+
+
+def test_a_large_text_file_is_cut_into_pieces_at_line_starts(tmp_path: Path) -> None:
+    lines = [f"line {i} é日本\r\n" for i in range(9000)]
+    (tmp_path / "a.txt").write_bytes("".join(lines).encode())
+    (tmp_path / "b.txt").write_text("small")
+    (tmp_path / "c.txt").write_bytes("日".encode() * 40_000)  # not one line end
+    source, _ = opened(path=tmp_path)
+    pieces = [source.text(i) for i in range(len(source))]
+    small = pieces.index("small")
+    assert "".join(pieces[:small]) == "".join(lines)
+    assert all(piece.startswith("line ") for piece in pieces[:small])
+    assert "".join(pieces[small + 1 :]) == "日" * 40_000
+    sizes = [len(piece.encode()) for piece in pieces if piece != "small"]
+    assert min(sizes) >= PIECE_BYTES // 2
+    assert max(sizes) <= 2 * PIECE_BYTES
+
+
+def test_what_lies_beside_the_data_is_not_read(tmp_path: Path) -> None:
+    """A folder as the Hub's client leaves it: a read-me, and files of its own in a hidden folder."""
+    write(tmp_path / "train.parquet", ["a", "b"])
+    (tmp_path / "README.md").write_text("about the data")
+    (tmp_path / ".cache").mkdir()
+    write(tmp_path / ".cache" / "old.parquet", ["c"])
+    source, _ = opened(path=tmp_path)
+    assert [source.text(i) for i in range(len(source))] == ["a", "b"]
+
+
+def test_a_missing_text_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n{"text": null}\n')
+    assert [opened(path=path)[0].text(i) for i in range(2)] == ["x", ""]
+    stream, _ = opened(path=path, streaming=True)
+    assert isinstance(stream, Stream)
+    assert list(stream.read(None)) == ["x", ""]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_of_numbers_is_no_text(streaming: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 1, "body": "x"}\n')
+    with pytest.raises(DataError, match="is not text, but int64") as caught:
+        opened(path=path, streaming=streaming)
+    assert "body" in (caught.value.tip or "")
+
+
+def test_a_value_that_is_no_text_is_refused_where_no_type_was_declared() -> None:
+    with pytest.raises(DataError, match="column `text` of `mine` is not text, but list"):
+        tables.Table([{"text": [1]}], "text", "mine", "").text(0)
+
+
+def test_a_stream_that_breaks_off_says_why(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ["x"])
+    (tmp_path / "b.jsonl").write_text("not JSON {")
+    stream, _ = opened(path=tmp_path, streaming=True)
+    assert isinstance(stream, Stream)
+    with pytest.raises(DataError, match="broke off: JSON parse error"):
+        list(stream.read(None))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(tables, "_HUB_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        address = f"http://127.0.0.1:{silent_hub.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        with pytest.raises(DataError, match="cannot reach the Hub for the data set `some/dataset`"):
+            opened("some/dataset")
+    with pytest.raises(DataError, match=r"cannot reach the Hub .*refused") as caught:
+        opened("c4")
+    assert "embedded" in (caught.value.tip or "")
 
 
 def test_other_column(tmp_path: Path) -> None:
@@ -84,9 +177,9 @@ def test_c4_test_falls_back_and_says_so(tmp_path: Path, monkeypatch) -> None:
         ("local", "missing", "does not exist"),
         ("local", "empty folder", "holds no data files"),
         ("local", "mixed", "mixes formats"),
-        ("local", "empty file", "cannot read|is empty|no column"),
-        ("local", "not json", "cannot read"),
-        ("some/dataset", None, "cannot reach|cannot read"),
+        ("local", "empty file", r"`.*a\.jsonl` is empty"),
+        ("local", "not json", r"cannot read .*a\.jsonl`: JSON parse error"),
+        ("some/dataset", None, "cannot reach the Hub"),
     ],
 )
 def test_mistakes_are_explained(name: str, make: str | None, message: str, tmp_path: Path) -> None:

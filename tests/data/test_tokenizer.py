@@ -62,9 +62,9 @@ def test_files_round_trip_and_transformers_reads_them(built_in, tmp_path) -> Non
         (tmp_path / name).write_bytes(content)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     for text in ODD:
-        assert theirs(text, add_special_tokens=False)["input_ids"] == built_in.encode(
-            text, add_bos=False, add_eos=False
-        )
+        ids = built_in.encode(text, add_bos=False, add_eos=False)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == text
     assert theirs.eos_token_id == built_in.eos_id
 
 
@@ -74,6 +74,105 @@ def test_stream_decoder_holds_back_half_characters(built_in) -> None:
         pieces = [decoder.push(token) for token in built_in.encode(text, add_bos=True, add_eos=False)]
         assert all("\ufffd" not in piece for piece in pieces)
         assert "".join(pieces) + decoder.finish() == text
+
+
+def test_stream_decoder_shows_what_was_held_back_at_the_end(built_in) -> None:
+    half = built_in.encode("x\U0001f600", add_bos=False, add_eos=False)[:-1]
+    decoder = StreamDecoder(built_in)
+    assert "".join(decoder.push(token) for token in half) == "x"
+    assert decoder.finish().startswith("\ufffd")
+    assert decoder.finish() == ""
+
+
+def with_config(folder: Path, backend: tokenizers.Tokenizer, **config) -> str:
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def copy_of(tokenizer) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+
+
+def test_a_text_is_neither_cut_nor_padded(built_in, tmp_path) -> None:
+    backend = copy_of(built_in)
+    backend.enable_truncation(8)
+    backend.enable_padding(length=4096)
+    loaded = load_tokenizer(with_config(tmp_path, backend))
+    text = "a long text " * 100
+    assert loaded.encode(text, add_bos=True, add_eos=True) == built_in.encode(text, add_bos=True, add_eos=True)
+
+
+def test_added_tokens_keep_their_flags(built_in, tmp_path) -> None:
+    backend = copy_of(built_in)
+    backend.add_tokens(["<tool>"])
+    number = backend.token_to_id("<tool>")
+    added = {
+        str(number): {"content": "<tool>", "special": False},
+        str(number + 1): {"content": "<think>", "special": False, "lstrip": True},
+        str(number + 2): {"content": "<pad>", "special": True},
+    }
+    loaded = load_tokenizer(with_config(tmp_path, backend, added_tokens_decoder=added, pad_token="<pad>"))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    text = "use <tool> and   <think> then <pad> end"
+    ids = loaded.encode(text, add_bos=False, add_eos=False)
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+    assert loaded.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert "<tool>" in loaded.decode(ids)
+    assert "<pad>" not in loaded.decode(ids)
+    assert loaded.vocab_size == number + 3
+
+
+def test_what_begins_a_document_is_guessed_only_where_nothing_says_it(built_in, tmp_path) -> None:
+    end = {"content": "<|end_of_text|>", "lstrip": False}
+    silent = load_tokenizer(with_config(tmp_path, copy_of(built_in)))
+    assert (silent.bos_id, silent.eos_id) == (built_in.bos_id, built_in.eos_id)
+    said = load_tokenizer(with_config(tmp_path, copy_of(built_in), bos_token=None, eos_token=end))
+    assert (said.bos_id, said.eos_id) == (None, built_in.eos_id)
+    assert said.encode("", add_bos=True, add_eos=True) == [built_in.eos_id]
+    assert said.fingerprint != silent.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"added_tokens_decoder": {"77": {"content": "<new>"}}}, "number 2048, but tokenizer_config.json says 77"),
+        ({"added_tokens_decoder": {"2048": {"text": "<new>"}}}, "does not list its tokens as usual"),
+        ([], "not a table of settings"),
+    ],
+)
+def test_settings_of_another_tokenizer_are_refused(config, message: str, built_in, tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_text(built_in.backend.to_str())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_vocabulary_with_merges_encodes_as_transformers_does(tmp_path) -> None:
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        [Path(json.__file__).read_text()], 500, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    bpe.save_model(str(tmp_path))
+    theirs = transformers.GPT2TokenizerFast(
+        vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"),
+        vocab_file=str(tmp_path / "vocab.json"), merges_file=str(tmp_path / "merges.txt"),
+    )  # fmt: skip
+    ours = load_tokenizer(str(tmp_path))
+    assert ours.bos_id is None
+    assert ours.eos_id == theirs.eos_token_id == 0
+    for text in ODD:
+        ids = ours.encode(text, add_bos=False, add_eos=False)
+        assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.decode(ids) == text
+
+
+def test_a_cache_that_cannot_be_written_is_said(built_in, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TITAN_CACHE", str(tmp_path / "file"))
+    heard = []
+    assert load_tokenizer("", heard.append).fingerprint == built_in.fingerprint
+    assert any("could not be cached" in getattr(event, "text", "") for event in heard)
 
 
 def ranks_file(folder: Path) -> tuple[Path, dict[bytes, int]]:
@@ -135,7 +234,10 @@ def test_sentencepiece_encodes_as_sentencepiece_does(kind: str, tmp_path) -> Non
     assert ours.bos_id == theirs.bos_id()
     for text in ["hello world", "def f(x): return x", "import json", "a new encoder", "日本語", "  two spaces"]:
         assert ours.encode(text, add_bos=False, add_eos=False) == theirs.encode(text)
-        assert ours.decode(theirs.encode(text)) == text
+        ids = theirs.encode(text)
+        assert ours.decode(ids) == text
+        decoder = StreamDecoder(ours)
+        assert "".join(decoder.push(token) for token in ids) + decoder.finish() == text
 
 
 def test_begin_and_end_are_not_added_twice(built_in, tmp_path) -> None:

@@ -10,7 +10,7 @@ from titan_core.data.fixed_slice import FixedSlice
 from titan_core.data.loader import BatchLoader
 from titan_core.data.sources import Source, Stream, open_source
 from titan_core.data.tokenizer import Tokenizer
-from titan_core.runtime.events import Listener, silent
+from titan_core.runtime.events import Listener, Note, silent
 
 
 def build_train_loader(
@@ -27,6 +27,10 @@ def build_train_loader(
     training, data = config.training, config.data
     source = open_source(training.dataset, training.dataset_path, data, validation=False, listener=listener)
 
+    rows = global_batch_size // dp_size
+    if data.num_workers > rows:
+        listener(Note(f"{rows} of {data.num_workers} data workers start: a rank reads {rows} sequences a step"))
+
     def documents(mine: Callable[[int], bool]) -> Documents:
         return _documents(source, seed, data.shuffle_window, data.shuffle, mine, infinite=True)
 
@@ -40,6 +44,7 @@ def build_train_loader(
         dp_size=dp_size,
         data=data,
         source_fingerprint=source.fingerprint,
+        order=_order(source, data.shuffle, data.shuffle_window),
         seed=seed,
     )
 
@@ -64,6 +69,12 @@ def build_validation_slice(
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
+
+
+def _order(source: Source, shuffle: bool, window: int) -> str:
+    if not shuffle:
+        return "that of the data set"
+    return f"shuffled in windows of {window}" if isinstance(source, Stream) else "shuffled"
 
 
 def _documents(

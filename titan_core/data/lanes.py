@@ -18,7 +18,7 @@ from titan_core.data.packing import Cursor, Lane, Row
 from titan_core.data.tokenizer import Tokenizer
 from titan_core.runtime.errors import DataError
 
-_MOST_EMPTY = 100_000  # documents without a token, one after the other, before a data set counts as empty
+_MOST_EMPTY = 10_000  # documents without text, one after the other, before a data set counts as empty
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class LaneReader:
         self.positions = dict(positions)
         self._open: dict[int, Lane] = {}
         self._cached: dict[int, tuple[int, np.ndarray]] = {}
+        self._empty = 0
 
     def row(self, number: int) -> NumberedRow | None:
         """Return row `number` of the run; rows of its lane that lie before it are passed over."""
@@ -96,8 +97,9 @@ class LaneReader:
             return None
         ids = self.tokenizer.encode(text, add_bos=True, add_eos=True)
         tokens = np.asarray(ids, dtype=np.int32)
-        if len(tokens) == 0 and document > _MOST_EMPTY:
-            raise DataError("the data set has no text", where="training.dataset")
+        self._empty = 0 if text else self._empty + 1
+        if self._empty == _MOST_EMPTY:
+            raise DataError(f"{_MOST_EMPTY:,} documents in a row have no text", where="data.text_key")
         self._cached[lane] = (document, tokens)
         return tokens
 

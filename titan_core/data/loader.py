@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +20,12 @@ from titan_core.config import schema
 from titan_core.data.documents import Documents
 from titan_core.data.lanes import (
     LaneReader,
-    NumberedRow,
     Position,
     positions_from_json,
     positions_to_json,
 )
 from titan_core.data.tokenizer import Tokenizer
-from titan_core.data.workers import Workers
+from titan_core.data.workers import Share, Workers, oldest
 from titan_core.runtime.errors import DataError
 
 _MODULUS = 1 << 64
@@ -73,6 +74,7 @@ class BatchLoader:
         dp_size: int,
         data: schema.Data,
         source_fingerprint: str,
+        order: str,
         seed: int,
     ) -> None:
         self.make_documents = documents
@@ -86,7 +88,7 @@ class BatchLoader:
             "source": source_fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "seed": str(seed),
-            "shuffle": str(data.shuffle),
+            "order": order,
         }
         self.wait_seconds = 0.0
         self.rows = 0
@@ -124,16 +126,12 @@ class BatchLoader:
             self.rows += self.global_batch_size
         return collate([numbered.row for numbered in rows])
 
-    def row_numbers(self, start: int, microbatch: int) -> list[int]:
-        """Return the rows of one microbatch of the step that begins at row `start`."""
-        mine = self.global_batch_size // self.dp_size
-        first = start + self.dp_rank * mine + microbatch * self.local_batch_size
-        return list(range(first, first + self.local_batch_size))
-
     def state_dict(self) -> dict[str, Any]:
         """Return the position of what has been handed out, of this rank's lanes; call it between steps."""
+        assert self._microbatch == 0, "a position in the middle of a step"
         return {
             "version": 1,
+            "rank": self.dp_rank,
             "rows": self.rows,
             "lanes": self._num_lanes,
             "positions": positions_to_json(self._positions),
@@ -168,23 +166,34 @@ class BatchLoader:
     def close(self) -> None:
         """Stop the background work."""
         if self._producer is not None:
-            self._producer.close()
-            self._producer = None
+            self._producer.stop()
         if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+            self._workers.close()  # a producer that waits for them wakes up
+        if self._producer is not None:
+            self._producer.join()
+        self._producer = self._workers = None
 
     def _start(self) -> None:
         if self.data.num_workers:
-            self._workers = Workers(self.read, self.local_batch_size, self.data.num_workers, self.data.prefetch)
+            self._workers = Workers(self.read, self.local_batch_size, self.microbatches, self.data.num_workers)
             self._producer = _Producer(iter(self._workers), self.data.prefetch)
         else:
-            self._producer = _Producer(self.read(range(self.local_batch_size)), self.data.prefetch)
+            slots = range(self.local_batch_size * self.microbatches)
+            self._producer = _Producer(self.read(slots), self.data.prefetch)
 
-    def read(self, slots: range) -> Iterator[tuple[list[NumberedRow], dict[str, Any]]]:
-        """Yield some slots of every microbatch, from the current position on, and the stream's state after each."""
-        lanes = self._lanes_of(slots)
-        documents = self.make_documents(lambda number: lanes is None or number % self._num_lanes in lanes)
+    def read(self, slots: Sequence[int]) -> Iterator[Share]:
+        """Yield some of this rank's slots of every step, from the current position on, and the stream's state.
+
+        Each item is one microbatch's; those with none of the slots are left out.
+        """
+        lanes, positions = self._lanes_of(slots), dict(self._positions)
+        begun = {lane: position.documents for lane, position in positions.items()}
+
+        def mine(number: int) -> bool:
+            document, lane = divmod(number, self._num_lanes)
+            return lane in lanes and document >= begun.get(lane, 0)
+
+        documents = self.make_documents(mine)
         if self._stream_state:
             documents.load(self._stream_state)
         reader = LaneReader(
@@ -193,45 +202,41 @@ class BatchLoader:
             lanes=self._num_lanes,
             seq_len=self.seq_len,
             split_documents=self.data.split_documents,
-            positions=self._positions,
+            positions=positions,
         )
-        start = self.rows
-        while True:
-            for microbatch in range(self.microbatches):
-                numbers = self.row_numbers(start, microbatch)
-                rows = [reader.row(numbers[slot]) for slot in slots]
-                if any(row is None for row in rows):
-                    raise DataError("the data set has no text", where="training.dataset")
-                yield (
-                    [row for row in rows if row is not None],
-                    documents.state(_oldest(reader, lanes)),
-                )
-            start += self.global_batch_size
+        groups = [list(group) for _, group in itertools.groupby(slots, lambda slot: slot // self.local_batch_size)]
+        for start in itertools.count(self._first_row(), self.global_batch_size):
+            for group in groups:
+                rows = [row for slot in group if (row := reader.row(start + slot)) is not None]
+                assert len(rows) == len(group), "the documents of a run do not end"
+                yield rows, documents.state(_oldest(reader, lanes))
 
-    def _lanes_of(self, slots: range) -> set[int] | None:
-        """Return the lanes that some slots ever touch, None for all: after the global batch changed, they wander."""
-        if self.global_batch_size != self._num_lanes or self.rows % self._num_lanes:
-            return None
-        return {
-            number
-            for microbatch in range(self.microbatches)
-            for slot, number in enumerate(self.row_numbers(0, microbatch))
-            if slot in slots
-        }
+    def _first_row(self) -> int:
+        """Return the number of this rank's first row of the next step."""
+        return self.rows + self.dp_rank * (self.global_batch_size // self.dp_size)
+
+    def _lanes_of(self, slots: Sequence[int]) -> set[int]:
+        """Return the lanes that some slots ever touch: one each, but when the global batch changed, they wander."""
+        first, lanes = self._first_row(), self._num_lanes
+        stride = math.gcd(self.global_batch_size, lanes)
+        return {(first + slot + step) % lanes for slot in slots for step in range(0, lanes, stride)}
 
 
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the positions of all data ranks into the run's: of each lane the farthest, of streams the earliest."""
-    merged = dict(states[0])
+    """Merge the positions of all data ranks into the run's: of each lane the farthest, of streams the earliest.
+
+    Ranks that read the same data, as those of one tensor-parallel group do, count once.
+    """
+    by_rank = {state["rank"]: state for state in states}
     positions: dict[str, Any] = {}
-    for state in states:
+    for state in by_rank.values():
         for lane, position in state["positions"].items():
             if position[0] > positions.get(lane, [-1])[0]:
                 positions[lane] = position
+    merged = {key: value for key, value in states[0].items() if key != "rank"}
     merged["positions"] = dict(sorted(positions.items(), key=lambda item: int(item[0])))
-    merged["digest"] = sum(state["digest"] for state in states) % _MODULUS
-    streams = [state["stream"] for state in states if state["stream"]]
-    merged["stream"] = min(streams, key=lambda stream: stream["number"]) if streams else {}
+    merged["digest"] = sum(state["digest"] for state in by_rank.values()) % _MODULUS
+    merged["stream"] = oldest(state["stream"] for state in by_rank.values())
     return merged
 
 
@@ -240,11 +245,10 @@ def data_hash(state: dict[str, Any]) -> str:
     return hashlib.sha256(f"{state['rows']}/{state['digest']}".encode()).hexdigest()[:16]
 
 
-def _oldest(reader: LaneReader, lanes: set[int] | None) -> int:
+def _oldest(reader: LaneReader, lanes: set[int]) -> int:
     """Return the first document that a lane may still ask for."""
-    asked = range(reader.num_lanes) if lanes is None else lanes
     start = Position(0, 0, 0)
-    return min(lane + reader.positions.get(lane, start).documents * reader.num_lanes for lane in asked)
+    return min(lane + reader.positions.get(lane, start).documents * reader.num_lanes for lane in lanes)
 
 
 class _Producer:
@@ -253,19 +257,24 @@ class _Producer:
     def __init__(self, source: Iterator[Any], ahead: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
+        self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(source,), daemon=True, name="titan-data")
         self._thread.start()
 
     def get(self) -> Any:
-        """Return the next item; an error of the thread is raised here."""
-        item = self._queue.get()
-        if isinstance(item, BaseException):
+        """Return the next item; an error of the thread is raised here, again whenever it is asked."""
+        item = self._failed or self._queue.get()
+        if isinstance(item, Exception):
+            self._failed = item
             raise item
         return item
 
-    def close(self) -> None:
-        """End the thread."""
+    def stop(self) -> None:
+        """Tell the thread to end."""
         self._stop.set()
+
+    def join(self) -> None:
+        """Wait until it has ended; one that hangs in a read is left behind."""
         self._thread.join(timeout=10)
 
     def _run(self, source: Iterator[Any]) -> None:

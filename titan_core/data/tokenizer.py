@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 class Tokenizer:
     """Text to ids and back, with a begin and an end token.
 
-    A tokenizer that adds its begin or end token itself is not made to add it twice.
+    A tokenizer that adds its begin or end token itself is not made to add it twice, and none cuts or pads a text,
+    whatever its file says.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> None:
@@ -31,9 +33,8 @@ class Tokenizer:
         self.bos_id = self._id(bos)
         self.eos_id = self._id(eos)
         self.bos_token, self.eos_token = bos, eos
-        own = backend.encode("", add_special_tokens=True).ids
-        self._adds_bos = bool(own) and own[0] == self.bos_id
-        self._adds_eos = bool(own) and own[-1] == self.eos_id
+        backend.no_truncation()
+        backend.no_padding()
 
     @property
     def vocab_size(self) -> int:
@@ -42,8 +43,9 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the vocabulary and rules."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
+        """A hash of the vocabulary, the rules, and what begins and ends a document."""
+        content = f"{self.bos_id}/{self.eos_id}/{self.backend.to_str()}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode(self, text: str, *, add_bos: bool, add_eos: bool) -> list[int]:
         """Return the ids of a text."""
@@ -66,6 +68,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
+            "clean_up_tokenization_spaces": False,
         }
         return {
             "tokenizer.json": self.backend.to_str().encode(),
@@ -81,21 +84,27 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+        self._known: list[int] = []  # ids of the last piece: what a piece looks like depends on what is before it
+        self._new: list[int] = []
 
     def push(self, token: int) -> str:
         """Take one id and return the text that is certain now."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
+        self._new.append(token)
+        piece = self._text()
+        if piece.endswith("\ufffd"):
             return ""
-        piece, self._shown = text[self._shown :], len(text)
+        if piece:
+            self._known, self._new = self._new, []
         return piece
 
     def finish(self) -> str:
         """Return what was held back."""
-        return self._tokenizer.decode(self._ids)[self._shown :]
+        piece, self._known, self._new = self._text(), self._new, []
+        return piece
+
+    def _text(self) -> str:
+        before = self._tokenizer.decode(self._known)
+        return self._tokenizer.decode(self._known + self._new)[len(before) :]
 
 
 def tokenizer_from_files(files: dict[str, bytes]) -> Tokenizer:
@@ -118,12 +127,17 @@ def load_tokenizer(path: str, listener: Listener = silent) -> Tokenizer:
         )
     folder = place if place.is_dir() else place.parent
     backend = _open(place, folder)
-    bos, eos, added = _special_tokens(folder)
-    for token in added:
-        backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)])
+    config = _read_config(folder)
+    try:
+        _add_tokens(backend, config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"`{folder / 'tokenizer_config.json'}` does not list its tokens as usual: {error!r}") from error
     vocab = backend.get_vocab(with_added_tokens=True)
-    bos = bos or next((t for t in foreign_tokenizers.BOS_NAMES if t in vocab), None)
-    eos = eos or next((t for t in foreign_tokenizers.EOS_NAMES if t in vocab), None)
+
+    def named(key: str, usual: Sequence[str]) -> str | None:
+        return _content(config[key]) if key in config else next((t for t in usual if t in vocab), None)
+
+    bos, eos = named("bos_token", foreign_tokenizers.BOS_NAMES), named("eos_token", foreign_tokenizers.EOS_NAMES)
     return Tokenizer(backend, bos, eos)
 
 
@@ -148,22 +162,43 @@ def _open(place: Path, folder: Path) -> tokenizers.Tokenizer:
     )
 
 
-def _special_tokens(folder: Path) -> tuple[str | None, str | None, list[str]]:
-    """Read begin, end and other special tokens from tokenizer_config.json."""
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json, if it is there."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
-        return None, None, []
+        return {}
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read `{file}`: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"`{file}` is not a table of settings", tip="is it the file that came with the tokenizer?")
+    return config
 
-    def content(value: Any) -> str | None:
-        return value.get("content") if isinstance(value, dict) else value
 
-    added = [content(v) for v in config.get("added_tokens_decoder", {}).values()]
-    named = [content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")]
-    return named[0], named[1], [t for t in [*added, *named] if t]
+def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """Add the tokens that the settings name and the tokenizer lacks; those with a role are special in any case."""
+    entries: dict[str, Any] = config.get("added_tokens_decoder") or {}
+    missing: list[tokenizers.AddedToken] = []
+    for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
+        if backend.token_to_id(entry["content"]) is None:
+            flags = {key: entry.get(key, False) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+            missing.append(tokenizers.AddedToken(entry["content"], **flags))
+    backend.add_tokens(missing)
+    roles = (_content(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token"))
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    named = [token for token in roles if token and token not in known]
+    backend.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in named])
+    for number, entry in entries.items():
+        found = backend.token_to_id(entry["content"])
+        if found != int(number):
+            message = f"the token `{entry['content']}` is number {found}, but tokenizer_config.json says {number}"
+            raise DataError(message, where="model.hf_assets_path", tip="the files belong to different tokenizers")
+
+
+def _content(token: Any) -> str | None:
+    """Return a token's text; settings give it alone or in a table with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _built_in(listener: Listener) -> Tokenizer:
@@ -171,7 +206,7 @@ def _built_in(listener: Listener) -> Tokenizer:
     recipe = f"{BUILT_IN_VOCAB}/{embedded.fingerprint('train')}/{tokenizers.__version__}/1"
     name = f"tokenizer-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.json"
     file = cache_folder() / name
-    if file.is_file():
+    if os.path.isfile(file):  # unlike Path.is_file, no error where the folder may not be read
         try:
             return Tokenizer(tokenizers.Tokenizer.from_file(str(file)), BOS, EOS)
         except Exception:  # a damaged cache file is replaced; the library raises bare Exception
@@ -206,4 +241,8 @@ def cache_folder() -> Path:
     """Return where titan keeps what it can make again: $TITAN_CACHE, $XDG_CACHE_HOME/titan or ~/.cache/titan."""
     if "TITAN_CACHE" in os.environ:
         return Path(os.environ["TITAN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan"
+    try:
+        home = Path.home()
+    except RuntimeError:  # an account without an entry or a HOME, as in some containers
+        home = Path(tempfile.gettempdir())
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "titan"

@@ -1,10 +1,14 @@
-"""Worker processes that share the rows of each microbatch; what comes out equals what one thread reads."""
+"""Worker processes that share the rows of each step; what comes out equals what one thread reads."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import itertools
 import multiprocessing
-import queue
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 from titan_core.runtime.errors import DataError
@@ -13,67 +17,84 @@ Share = tuple[list[Any], dict[str, Any]]
 
 
 class Workers:
-    """Worker w of W reads slots w, w + W, ... of every microbatch, ahead of the reader.
+    """Worker w of W reads slots w, w + W, ... of every step, each a row, ahead of the reader.
 
-    `read(slots)` yields (rows, stream state) a microbatch and runs in the workers. They are forked, as sources hold
-    open files and closures; construct this in the main thread.
+    `read(slots)` yields (rows, stream state) for each microbatch that has some of the slots, and runs in the workers.
+    They are forked, as sources hold open files and closures. A pipe to each is all that ties them: when either side
+    dies, even by `kill -9`, the other one's end of the pipe says so. Signals are left to the trainer, which may still
+    need rows for the step that it finishes before it saves.
     """
 
-    def __init__(self, read: Callable[[range], Iterator[Share]], slots: int, workers: int, ahead: int) -> None:
+    def __init__(self, read: Callable[[Sequence[int]], Iterator[Share]], rows: int, microbatches: int, workers: int):
         context = multiprocessing.get_context("fork")
-        self.slots = slots
+        slots = rows * microbatches
+        self.rows, self.microbatches = rows, microbatches
         self.count = min(workers, slots)
-        self._queues = [context.Queue(maxsize=ahead) for _ in range(self.count)]
-        self._processes = [
-            context.Process(target=_work, args=(read, range(w, slots, self.count), self._queues[w]), daemon=True)
-            for w in range(self.count)
-        ]
-        for process in self._processes:
+        self._pipes: list[Any] = []
+        self._processes = []
+        for worker in range(self.count):
+            reader, writer = context.Pipe(duplex=False)
+            self._pipes.append(reader)
+            mine = range(worker, slots, self.count)
+            process = context.Process(target=_work, args=(read, mine, writer, tuple(self._pipes)), daemon=True)
             process.start()
+            writer.close()  # before the next fork: a pipe ends when its last writer is gone
+            self._processes.append(process)
+        atexit.register(self.close)
 
     def __iter__(self) -> Iterator[Share]:
-        while True:
-            rows: list[Any] = [None] * self.slots
-            states = []
-            for worker in range(self.count):
-                rows[worker :: self.count], state = self._next(worker)
-                states += [state] if state else []
-            yield rows, min(states, key=lambda state: state["number"]) if states else {}
+        states: dict[int, dict[str, Any]] = {}
+        for microbatch in itertools.cycle(range(self.microbatches)):
+            owners = [slot % self.count for slot in range(microbatch * self.rows, (microbatch + 1) * self.rows)]
+            shares: dict[int, Iterator[Any]] = {}
+            for worker in set(owners):
+                rows, states[worker] = self._next(worker)
+                shares[worker] = iter(rows)
+            yield [next(shares[worker]) for worker in owners], oldest(states.values())
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; they hold nothing that needs care."""
+        atexit.unregister(self.close)
         for process in self._processes:
-            process.terminate()
+            process.kill()
         for process in self._processes:
-            process.join(timeout=10)
+            process.join()
 
     def _next(self, worker: int) -> Share:
         """Wait for a worker's share; notice when it has died."""
-        while True:
-            try:
-                item = self._queues[worker].get(timeout=1.0)
-            except queue.Empty:
-                process = self._processes[worker]
-                if process.is_alive():
-                    continue
-                raise DataError(
-                    f"data worker {worker} died with exit code {process.exitcode}",
-                    tip="was it killed for memory? lower data.num_workers or data.prefetch",
-                ) from None
-            if isinstance(item, Exception):
-                raise item
-            return item
+        try:
+            item = self._pipes[worker].recv()
+        except (EOFError, OSError):
+            process = self._processes[worker]
+            process.join()
+            code = process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise DataError(
+                f"data worker {worker} died ({how})",
+                tip="was it killed for memory? lower data.num_workers or data.prefetch",
+            ) from None
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
-def _work(read: Callable[[range], Iterator[Share]], slots: range, out: Any) -> None:
-    import signal
+def oldest(states: Any) -> dict[str, Any]:
+    """Return the stream state that comes first; empty where there is no stream."""
+    return min((state for state in states if state), key=lambda state: state["number"], default={})
 
+
+def _work(
+    read: Callable[[Sequence[int]], Iterator[Share]], mine: range, out: Connection, readers: tuple[Connection, ...]
+) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
-    try:
-        for share in read(slots):
-            out.put(share)
-    except DataError as error:
-        out.put(error)
-    except Exception as error:  # told to the reader, which stops the run with it
-        out.put(DataError(f"a data worker failed: {type(error).__name__}: {error}"))
+        signal.signal(number, signal.SIG_IGN)
+    for reader in readers:
+        reader.close()
+    with contextlib.suppress(BrokenPipeError):  # the trainer is gone, or wants no more
+        try:
+            for share in read(mine):
+                out.send(share)
+        except (DataError, BrokenPipeError) as error:
+            out.send(error)
+        except Exception as error:  # told to the reader, which stops the run with it
+            out.send(DataError(f"a data worker failed: {type(error).__name__}: {error}"))

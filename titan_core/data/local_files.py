@@ -1,0 +1,103 @@
+"""Text files on disk as documents; large files are cut into pieces, so that one of them feeds many lanes."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import hashlib
+import itertools
+from pathlib import Path
+from typing import BinaryIO
+
+from titan_core.runtime.errors import DataError
+
+FORMATS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".jsonl": "json",
+           ".gz": "json", ".zst": "json", ".parquet": "parquet"}  # fmt: skip
+# About 10,000 tokens. As one document, a book would be the next document of every lane: a batch of equal rows.
+PIECE_BYTES = 1 << 15
+
+
+class TextFiles:
+    """Text files, each one document, or several of about `PIECE_BYTES` that begin at line starts if it is larger."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
+        self._sizes = [file.stat().st_size for file in files]
+        counts = (max(1, size // PIECE_BYTES) for size in self._sizes)
+        self._ends = list(itertools.accumulate(counts))
+        self.fingerprint = f"text/{PIECE_BYTES}/{fingerprint(files)}"
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def text(self, index: int) -> str:
+        """Return one document; bytes that are not UTF-8 are replaced."""
+        number = bisect.bisect_right(self._ends, index)
+        before = self._ends[number - 1] if number else 0
+        first, last = index == before, index == self._ends[number] - 1
+        try:
+            with self._files[number].open("rb") as file:
+                start = 0 if first else _cut(file, index - before)
+                end = self._sizes[number] if last else _cut(file, index - before + 1)
+                file.seek(start)
+                return file.read(end - start).decode("utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(f"cannot read `{self._files[number]}`: {error.strerror}") from error
+
+
+def _cut(file: BinaryIO, number: int) -> int:
+    """Return where piece `number` begins: the first line start in the half piece from its place on, or a character's.
+
+    It depends on a few bytes only, so nothing is indexed, and no piece is empty.
+    """
+    place = number * PIECE_BYTES
+    file.seek(place)
+    window = file.read(PIECE_BYTES // 2)
+    newline = window.find(b"\n")
+    if newline >= 0:
+        return place + newline + 1
+    return place + next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
+
+
+def local_files(path: str, where: str) -> list[Path]:
+    """Return the data files that a file, folder or glob names, sorted; hidden ones do not count."""
+    place = Path(path)
+    if place.is_dir():
+        files = [p for p in sorted(place.rglob("*")) if p.is_file() and p.suffix in FORMATS and not _hidden(p, place)]
+    elif place.is_file():
+        files = [place]
+    else:
+        files = [Path(p) for p in sorted(glob.glob(path, recursive=True)) if Path(p).is_file()]
+    if not files:
+        kinds = ", ".join(FORMATS)
+        what = "holds no data files" if place.is_dir() else "does not exist"
+        raise DataError(f"`{path}` {what}", where=where, tip=f"titan reads {kinds}")
+    if all(file.stat().st_size == 0 for file in files):
+        raise DataError(f"`{path}` is empty", where=where)
+    return files
+
+
+def of_one_format(files: list[Path], path: str, where: str) -> tuple[str, list[Path]]:
+    """Return the files' format, and the files without a read-me that lies beside tables.
+
+    Raises `DataError` if they have several formats.
+    """
+    formats = {file: FORMATS.get(file.suffix, "text") for file in files}
+    if set(formats.values()) != {"text"}:
+        formats = {file: kind for file, kind in formats.items() if file.name != "README.md"}
+    if len(set(formats.values())) > 1:
+        mixed = ", ".join(sorted({file.suffix for file in formats}))
+        raise DataError(f"`{path}` mixes formats: {mixed}", where=where, tip="name one of them, with a glob")
+    return next(iter(formats.values())), list(formats)
+
+
+def fingerprint(files: list[Path]) -> str:
+    """Return a hash of the names and sizes of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}:{file.stat().st_size};".encode())
+    return digest.hexdigest()[:16]
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
