@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from titan_core.config.checks import check, check_layout
 from titan_core.config.load import Resolved
-from titan_core.data.sources import NAMED, NAMES, local_files, open_source
+from titan_core.data.local_files import local_files
+from titan_core.data.sources import NAMED, NAMES, open_source
 from titan_core.data.tokenizer import BUILT_IN_VOCAB, load_tokenizer
 from titan_core.estimation.flops import count_parameters
 from titan_core.estimation.memory import GIB, data_parallel_memory
@@ -45,16 +46,6 @@ def unreadable(problems: list[Problem]) -> Report:
     for name in STAGES[1:]:
         report.skipped(name, "needs valid keys")
     return report
-
-
-def problems(resolved: Resolved, world_size: int | None) -> list[Problem]:
-    """Return everything that is wrong with a config and known before torch is loaded: rules, layout, sizes."""
-    found = check(resolved, world_size)
-    try:
-        resolve(resolved.config.model)
-    except ConfigError as error:
-        found += error.problems
-    return found
 
 
 def _rules(found: list[Problem]) -> str:
@@ -102,7 +93,7 @@ def _data_set(name: str, path: str | None, resolved: Resolved, *, validation: bo
     """Say what is there of a data set, without fetching it."""
     purpose = "validation on" if validation else "training on"
     if path and name != "c4_test":
-        files = local_files(path)
+        files = local_files(path, f"{'validation' if validation else 'training'}.dataset_path")
         size = sum(file.stat().st_size for file in files)
         return f"{purpose} {len(files)} files in {path}, {size / 1e6:,.1f} MB"
     if name in NAMED or (name not in NAMES and "/" in name):
