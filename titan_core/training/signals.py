@@ -38,7 +38,7 @@ class StopRequest:
         self.deadline = None if time_limit_minutes is None else time.monotonic() + 60 * time_limit_minutes
         self.flag = 0
         self._unsaved_steps = unsaved_steps
-        self._first: float | None = None
+        self._first_ctrl_c: float | None = None
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._before: dict[int, Any] = {}
 
@@ -72,14 +72,15 @@ class StopRequest:
         return self._name(answer)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = now
-        elif number == signal.SIGINT and now - self._first >= _PATIENCE_SECONDS:
-            raise Interrupted(
-                f"stopped at once, without saving{self._loss()}",
-                tip="the same command goes on from the last checkpoint",
-            )
+        if number == signal.SIGINT:  # after a SIGTERM, too, the first Ctrl-C still saves
+            now = time.monotonic()
+            if self._first_ctrl_c is None:
+                self._first_ctrl_c = now
+            elif now - self._first_ctrl_c >= _PATIENCE_SECONDS:
+                raise Interrupted(
+                    f"stopped at once, without saving{self._loss()}",
+                    tip="the same command goes on from the last checkpoint",
+                )
         self.flag = self.flag or number
 
     def _loss(self) -> str:
