@@ -81,13 +81,12 @@ class Guard:
 
 
 def dump(folder: str, step: int, reason: str, norms: dict[str, float], rows: int, guard: Guard) -> str:
-    """Write what is known of the step that stopped a run, and return the file.
+    """Write what is known of the step that stopped a run, and return the file, or why it could not be written.
 
     Gradient norms by parameter, not finite and largest first; where the data was; the last losses and norms, the
     step's own at the end. Numbers that are not finite are strings.
     """
     path = Path(folder) / f"stopped-at-step-{step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     worst = sorted(norms.items(), key=lambda item: -item[1] if math.isfinite(item[1]) else -math.inf)
     settings = {**dataclasses.asdict(guard.config), **guard.state_dict()}
     content = {
@@ -99,7 +98,11 @@ def dump(folder: str, step: int, reason: str, norms: dict[str, float], rows: int
         "recent_grad_norms": [_plain(norm) for _, norm in guard.recent],
         "grad_norms": {name: _plain(value) for name, value in worst},
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1, allow_nan=False))
+    except OSError as failed:  # the step that went wrong is the news, not the disk
+        return f"{path} could not be written: {failed.strerror}"
     return str(path)
 
 
