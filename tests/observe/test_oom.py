@@ -111,3 +111,14 @@ def test_on_a_gpu_the_allocator_is_dumped_too(tmp_path: Path, monkeypatch) -> No
     found = fail(tiny(tmp_path).config, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert "asked for 2.00 GiB more; tensors hold 70.00 GiB, 1.00 of 80.00 GiB are free" in found.message
     assert written == [str(tmp_path / "memory_snapshot" / "out-of-memory" / "rank3_memory_snapshot.pickle")]
+
+
+def test_host_memory_runs_out_beside_a_gpu(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    settings = tiny(tmp_path, training__local_batch_size=1, activation_checkpoint__mode="full").config
+    for error in (MemoryError(), None):
+        found = fail(settings, error)
+        assert "it holds" in found.message
+        assert "offload" not in (found.tip or "")  # that would need more of it
+    assert not (tmp_path / "memory_snapshot" / "out-of-memory").exists()

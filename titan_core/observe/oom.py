@@ -36,7 +36,8 @@ def explain_out_of_memory(config: Config, rank: int) -> Iterator[None]:
 
 
 def _report(config: Config, rank: int, error: BaseException) -> RunFailed:
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized() and "CPUAllocator" not in str(error)
+    on_host = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+    on_gpu = not on_host and torch.cuda.is_available() and torch.cuda.is_initialized()
     where = _snapshot(config, rank, error, on_gpu)
     message = f"rank {rank} is out of memory{_place(error)}: {_asked(error)}; {_held(on_gpu)}"
     return RunFailed(message, where=where, tip="cheaper: " + "; ".join(_cheaper(config, on_gpu)[:3]))
