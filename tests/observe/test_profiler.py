@@ -1,6 +1,7 @@
 """Traces and snapshots: at which steps, from where to where, and what is in them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.runs import tiny
 from titan_core.config.schema import Config
 from titan_core.observe import memory
 from titan_core.observe.profiler import Profiler
-from titan_core.runtime.errors import ConfigError
+from titan_core.runtime.errors import ConfigError, RunFailed
 
 CPU = torch.device("cpu")
 
@@ -99,6 +100,51 @@ def test_a_gpu_is_traced_and_its_allocator_recorded(tmp_path: Path, monkeypatch)
         profiler.after_step(4)
     path = tmp_path / "memory_snapshot" / "step_4" / "rank1_memory_snapshot.pickle"
     assert calls == [{"max_entries": 100_000}, str(path), {"enabled": None}]
+
+
+@pytest.mark.parametrize("what", ["trace", "snapshot"])
+def test_what_cannot_be_written_is_said(tmp_path: Path, what: str) -> None:
+    for folder in ("profile_traces", "memory_snapshot"):
+        (tmp_path / folder).write_text("in the way")
+    more = {
+        "profiling__enable_profiling": what == "trace",
+        "profiling__enable_memory_snapshot": what == "snapshot",
+    }
+    with pytest.raises(RunFailed, match=f"cannot write the {what}: Not a directory") as caught:
+        steps(config(tmp_path, 2, **more), 0, 2)
+    assert "step_2" in (caught.value.where or "")
+    assert "profiling off" in (caught.value.tip or "")
+
+
+def fill_the_disk(_profile: object, path: str) -> None:
+    """Do what the exporter does on a full disk: leave a piece, and say nothing."""
+    Path(path + ".tmp").write_text('{"traceEvents": [')
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch) -> None:
+    settings = config(tmp_path, 2)
+    steps(settings, 0, 2)  # an older trace of the same step must not pass for the new one
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fill_the_disk)
+    with pytest.raises(RunFailed, match=re.escape("cannot write the trace: is the disk full?")):
+        steps(settings, 0, 2)
+    assert list((tmp_path / "profile_traces" / "step_2").iterdir()) == []
+
+
+def fail_within_a_trace(settings: Config) -> None:
+    with Profiler(settings, 0, CPU) as profiler:
+        profiler.before_first_step(0)
+        profiler.after_step(1)
+        profiler.after_step(2)
+        raise ZeroDivisionError
+
+
+def test_an_error_under_way_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fill_the_disk)
+    settings = config(tmp_path, 4, active=3)
+    with pytest.raises(ZeroDivisionError):
+        fail_within_a_trace(settings)
+    with pytest.raises(RunFailed):
+        steps(settings, 0, 2)
 
 
 def test_live_tensors_by_size() -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from titan_core.config.schema import Config
 from titan_core.observe.memory import start_history, stop_history, write_snapshot
-from titan_core.runtime.errors import ConfigError, Problem
+from titan_core.runtime.errors import ConfigError, Problem, RunFailed
 
 
 class Profiler:
     """Writes a trace every `profile_freq` steps and a memory snapshot every `memory_snapshot_freq`.
 
     Both go by the run's step, so a resumed run writes at the same steps. A run that ends within a trace writes what is
-    there.
+    there. Raises `RunFailed` where it cannot write.
     """
 
     def __init__(self, config: Config, rank: int, device: torch.device) -> None:
@@ -37,10 +40,12 @@ class Profiler:
             start_history(self.device)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._running is not None:
-            self._running.stop()
-            self._running = None
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            # an error that is under way says more than that its trace could not be written
+            with contextlib.suppress(RunFailed) if error is not None else contextlib.nullcontext():
+                running.stop()
         if self.config.enable_memory_snapshot:
             stop_history(self.device)
 
@@ -58,7 +63,9 @@ class Profiler:
             self._start_if_due()
         freq = self.config.memory_snapshot_freq or self.config.profile_freq
         if self.config.enable_memory_snapshot and step % freq == 0:
-            write_snapshot(self._snapshots / f"step_{step}", self.rank, self.device)
+            folder = self._snapshots / f"step_{step}"
+            with _explained("snapshot", folder):
+                write_snapshot(folder, self.rank, self.device)
 
     def _go_on(self) -> None:
         if self._running is not None:
@@ -87,6 +94,20 @@ class Profiler:
         return activities
 
     def _write(self, profile: torch.profiler.profile) -> None:
-        folder = self._traces / f"step_{self._step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(folder / f"rank{self.rank}_trace.json"))
+        path = self._traces / f"step_{self._step}" / f"rank{self.rank}_trace.json"
+        with _explained("trace", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            profile.export_chrome_trace(str(path))
+            if not path.exists():  # the exporter says nothing of a full disk
+                path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+                raise OSError(errno.EIO, "is the disk full?")
+
+
+@contextlib.contextmanager
+def _explained(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        tip = "make room or switch profiling off; the same command goes on from the last checkpoint"
+        raise RunFailed(f"cannot write the {what}: {error.strerror}", where=str(path), tip=tip) from error
