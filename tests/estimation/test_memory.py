@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from tests.ranks import run_ranks
 from tests.runs import tiny
+from titan_core.data.loader import Batch
 from titan_core.declare.family import Family
 from titan_core.estimation.memory import Memory, data_parallel_memory
 from titan_core.models import resolve
@@ -107,3 +109,74 @@ def test_more_recomputation_needs_less(tmp_path) -> None:
     half = activations("selective", activation_checkpoint__selective_ac_option="2")
     assert activations("full") < by_op < activations("none")
     assert activations("full") < half < activations("none")
+
+
+def kept_by_fsdp(config, size: int, microbatches: int) -> tuple[int, int]:
+    """Bytes of whole gradients before the last microbatch, and of gathered blocks between forward and backward."""
+    family, sizes = resolve(config.model)
+    world = World(size=size, rank=torch.distributed.get_rank() if size > 1 else 0)
+    mesh = Mesh(Layout.of(config.parallelism, size), "cpu", world.rank)
+    _, task, parallel, _ = build_model(config, world, mesh, family, sizes, 0)
+    tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.long)
+    batch = Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.int32))
+    states = [m._get_fsdp_state() for m in task.modules() if isinstance(m, FSDPModule)]
+    parameters = [p for s in states if s._fsdp_param_group for p in s._fsdp_param_group.fsdp_params]
+    gradients = gathered = 0
+    for index in range(microbatches):
+        with parallel.accumulate(last=index == microbatches - 1):
+            loss = parallel.module(batch)
+            if index == 0:
+                outputs = [out for p in parameters for out in p.all_gather_outputs]
+                gathered = sum(out.untyped_storage().nbytes() for out in outputs)
+            loss.backward()
+        if index == microbatches - 2:
+            held = [p.unsharded_accumulated_grad for p in parameters]
+            held += [p._unsharded_param.grad for p in parameters if hasattr(p, "_unsharded_param")]
+            gradients = sum(_bytes(grad) for grad in held if grad is not None)
+    return gradients, gathered
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_accumulation_keeps_whole_gradients(reduce: str, tmp_path) -> None:
+    settings = {
+        "training__mixed_precision_param": "bfloat16",
+        "training__mixed_precision_reduce": reduce,
+        "parallelism__data_parallel_shard_degree": 4,
+        "training__local_batch_size": 1,
+    }
+    once, twice = (tiny(tmp_path, training__global_batch_size=n, **settings).config for n in (4, 8))
+    ((kept, _), *_rest) = run_ranks(kept_by_fsdp, 4, twice, 4, 2)
+    assert estimate(twice, shards=4).gradients == kept > estimate(once, shards=4).gradients
+    assert estimate(once, shards=4).gradients == estimate(once, shards=4).weights
+
+
+def test_replicas_share_a_batch(tmp_path) -> None:
+    """Four sequences are one microbatch on 2 x 2 ranks, and two on 1 x 2."""
+    more = {"training__local_batch_size": 1, "training__global_batch_size": 4}
+    two, one = (
+        estimate(tiny(tmp_path, parallelism__data_parallel_replicate_degree=n, **more).config, shards=2) for n in (2, 1)
+    )
+    assert two.gradients == two.weights
+    assert one.gradients == 2 * one.weights
+
+
+def test_blocks_that_are_not_freed_are_counted(tmp_path) -> None:
+    more = {"model__args__n_layers": 5, "parallelism__data_parallel_shard_degree": 2}
+    freed, kept = (
+        tiny(tmp_path, parallelism__fsdp_reshard_after_forward=when, **more).config for when in ("default", "never")
+    )
+    ((_, gathered), *_rest) = run_ranks(kept_by_fsdp, 2, kept, 2, 1)
+    assert estimate(kept, shards=2).gathered == pytest.approx(gathered, rel=0.01)
+    assert estimate(freed, shards=2).gathered < gathered
+
+
+def test_offload_puts_shares_on_the_host(tmp_path) -> None:
+    settings = {"training__local_batch_size": 4, "training__enable_cpu_offload": True}
+    found, accumulated = (estimate(tiny(tmp_path, training__global_batch_size=n, **settings).config) for n in (4, 8))
+    for memory in (found, accumulated):
+        assert memory.host == 4 * memory.weights
+        assert memory.total == sum(memory.parts().values())
+        assert "host" not in memory.parts()
+    assert found.weights + found.gradients + found.optimizer == found.host
+    assert accumulated.gradients - found.gradients == found.weights  # fp32, whole, on the device
+    assert estimate(tiny(tmp_path).config).host == 0

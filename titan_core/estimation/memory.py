@@ -15,7 +15,10 @@ _LOGITS_AT_ONCE = 1 << 25  # titan_core.nn.loss
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a rank: its share of weights, gradients and optimizer state, what FSDP gathers, activations, logits."""
+    """Bytes a rank: its share of weights, gradients and optimizer state, what FSDP gathers, activations, logits.
+
+    `host` of these lie in host memory instead of the device's (`training.enable_cpu_offload`).
+    """
 
     weights: int
     gradients: int
@@ -23,6 +26,7 @@ class Memory:
     gathered: int
     activations: int
     logits: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -31,7 +35,7 @@ class Memory:
 
     def parts(self) -> dict[str, int]:
         """Return the kinds by name."""
-        return dict(vars(self))
+        return {name: size for name, size in vars(self).items() if name != "host"}
 
 
 def data_parallel_memory(
@@ -40,7 +44,8 @@ def data_parallel_memory(
     """Estimate the memory of a rank whose parameters are split over `shards` ranks.
 
     Activations: with every block recomputed its input is kept, and one block's own; without, what `_block_width` says.
-    Attention is taken not to store its scores. Two blocks are gathered at once (the next is prefetched).
+    Attention is taken not to store its scores. FSDP gathers two blocks at once (the next is prefetched), or all where
+    it does not free them; and between the microbatches of a step it keeps the gradient of every parameter whole.
     """
     training = config.training
     own = [p for p in parameters if p.tied_to is None]
@@ -50,18 +55,30 @@ def data_parallel_memory(
     blocks = [p for p in own if p.role not in ("embedding", "output")]
     block = sum(p.numel for p in blocks) // max(num_blocks, 1)
     rest = total - block * num_blocks
-    gathered = compute * (rest + 2 * block) if shards > 1 else (compute * total if compute != store else 0)
+    offload = training.enable_cpu_offload
+    share, whole = store * local, 0
+    gathered = compute * total if compute != store else 0
+    if shards > 1 or offload:
+        kept = num_blocks if config.parallelism.fsdp_reshard_after_forward == "never" else min(2, num_blocks)
+        gathered = compute * (rest + kept * block)
+        whole = _BYTES[training.mixed_precision_reduce] * total if _microbatches(config, shards) > 1 else 0
     tokens = training.local_batch_size * training.seq_len
     width = next(p.shape[-1] for p in own if p.role == "embedding")
     per_block = compute * tokens * _block_width(blocks, width) // max(num_blocks, 1)
     return Memory(
-        weights=store * local,
-        gradients=store * local,
-        optimizer=2 * store * local,
+        weights=share,
+        gradients=share + whole if offload else max(share, whole),
+        optimizer=2 * share,
         gathered=gathered,
         activations=_activations(config, num_blocks, compute * tokens * width, per_block),
         logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab_size) + 4 * vocab_size * width,
+        host=4 * share if offload else 0,
     )
+
+
+def _microbatches(config: Config, shards: int) -> int:
+    ranks = shards * config.parallelism.data_parallel_replicate_degree
+    return max(1, config.training.global_batch_size // (config.training.local_batch_size * ranks))
 
 
 def _block_width(blocks: Sequence[Parameter], width: int) -> int:

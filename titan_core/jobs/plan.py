@@ -51,6 +51,7 @@ def run(resolved: Resolved, world_size: int) -> Plan:
     memory = data_parallel_memory(
         config, family.parameters(sizes), len(blocks), sizes.vocab_size, shards=layout.dp_shard
     )
+    on_host = f", {memory.host / GIB:.2f} of them in host memory" if memory.host else ""
     shown = [
         ("run", config.job.dump_folder),
         ("model", f"{family.name} {config.model.flavor}: {counts.total:,} parameters in {len(blocks)} blocks"),
@@ -62,7 +63,7 @@ def run(resolved: Resolved, world_size: int) -> Plan:
             f"{rows_a_step // (training.local_batch_size * layout.dp)} microbatches a rank; "
             f"{training.steps:,} steps = {tokens * training.steps:,} tokens, {full * tokens * training.steps:.3g} FLOP",
         ),
-        ("memory", f"about {memory.total / GIB:.2f} GiB a rank"),
+        ("memory", f"about {memory.total / GIB:.2f} GiB a rank{on_host}"),
         *((f" {name}", f"{value / GIB:.2f} GiB") for name, value in memory.parts().items()),
     ]
     return Plan(shown, counts.total, full, causal, tokens, memory)
