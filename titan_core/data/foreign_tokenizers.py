@@ -52,8 +52,8 @@ def from_model_file(file: Path) -> tokenizers.Tokenizer:
 def from_ranks(file: Path) -> tokenizers.Tokenizer:
     """Load tiktoken's `base64-token rank` lines, as Llama 3 ships them.
 
-    A merge list is not in the file, but follows from it: a token is made of the two parts whose merge has the lowest
-    rank at every step, which is how tiktoken itself encodes.
+    A merge list is not in the file, but follows from it: tiktoken joins any two neighbours whose join is a token, the
+    lowest rank first, so every split of a token into two tokens is a merge of that token's rank.
     """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
@@ -63,12 +63,7 @@ def from_ranks(file: Path) -> tokenizers.Tokenizer:
         ranks[base64.b64decode(parts[0])] = int(parts[1])
     letters = _byte_letters()
     spell = lambda token: "".join(letters[b] for b in token)  # noqa: E731
-    merges = []
-    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            pair = _last_merge(token, ranks)
-            if pair is not None:
-                merges.append((spell(pair[0]), spell(pair[1])))
+    merges = [(spell(left), spell(right)) for left, right in _merges(ranks)]
     bpe = models.BPE({spell(token): rank for token, rank in ranks.items()}, merges)
     bpe.ignore_merges = True  # tiktoken takes a whole word that is a token without merging
     backend = _byte_level(bpe, split=LLAMA3_SPLIT)
@@ -152,17 +147,17 @@ def _byte_level(bpe: tokenizers.models.Model, split: str | None = None) -> token
     return backend
 
 
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """Return the two parts that the last merge joins, by replaying merges of lower rank."""
-    parts = [bytes([b]) for b in token]
-    limit = ranks[token]
-    while len(parts) > 2:
-        candidates = [(ranks.get(parts[i] + parts[i + 1], limit), i) for i in range(len(parts) - 1)]
-        rank, i = min(candidates)
-        if rank >= limit:
-            return None
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return every pair of tokens whose join is a token, by the rank of the join; then of the left, of the right part.
+
+    One split a token is not enough: with aaa ranked before aa, tiktoken spells aaaa as aaa + a.
+    """
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [(ranks[left], ranks[right], left, right) for left, right in splits if left in ranks and right in ranks]
+        merges += [(left, right) for _, _, left, right in sorted(known)]
+    return merges
 
 
 def _is_ranks(start: bytes) -> bool:
