@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+import shutil
+import threading
+import time
+from collections.abc import Callable
 
 from titan_cli.output import Output
 from titan_core.runtime.events import (
@@ -21,16 +23,23 @@ from titan_core.runtime.events import (
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 32
+_BETWEEN_LINES = 5.0  # seconds from one line of progress to the next where there is no live line
 
 
 class Display:
-    """A listener that shows events to a person on stderr. Use as a context manager: it restores the cursor."""
+    """A listener that shows events to a person on stderr. Use as a context manager: it removes the live line.
+
+    What is generated goes to stdout. Any thread may call it.
+    """
 
     def __init__(self, output: Output) -> None:
         self.output = output
         self._losses: list[float] = []
         self._eta: float | None = None
-        self._live: Any = None
+        self._live: str | None = None
+        self._lock = threading.RLock()
+        self._begun: dict[str, tuple[float, float]] = {}  # what -> when it was first seen, and at which count
+        self._shown = 0.0
 
     def __enter__(self) -> Display:
         return self
@@ -44,7 +53,7 @@ class Display:
             rank = "" if event.rank is None else f"rank {event.rank}: "
             self._above(lambda: self.output.warn(rank + event.text))
         elif isinstance(event, Text):
-            print(event.text, end="", flush=True)
+            self.output.write(event.text)
         elif self.output.mode == "human":
             self._show(event)
 
@@ -73,20 +82,37 @@ class Display:
         elif isinstance(event, Progress) and event.what == "step":
             self._update(int(event.done), int(event.total or 0))
         elif isinstance(event, Progress):
-            total = "" if event.total is None else f" / {event.total:,.0f}"
-            self._line(f"{event.what:<10}{event.done:,.0f}{total} {event.unit}")
+            self._progress(event)
+
+    def _progress(self, event: Progress) -> None:
+        """Show how far a countable job is: a live line, or a line now and then; its end is always shown."""
+        now = time.monotonic()
+        begun, first = self._begun.setdefault(event.what, (now, event.done))
+        text = progress_line(event, now - begun, event.done - first)
+        if event.total is not None and event.done >= event.total:
+            self._end_live()
+            self._line(text)
+        elif self.output.live():
+            self._draw(text)
+        elif now - self._shown >= _BETWEEN_LINES:
+            self._shown = now
+            self._line(text)
+
+    def stopping(self, text: str) -> None:
+        """Say that the run is about to stop."""
+        self._line(f"{self.output.style('stop', 'bold')}      {text}")
 
     def _line(self, text: str) -> None:
-        self._above(lambda: print(text, file=sys.stderr, flush=True))
+        self._above(lambda: self.output.tell(text + "\n"))
 
-    def _above(self, write: Any) -> None:
+    def _above(self, write: Callable[[], None]) -> None:
         """Write a permanent line, above the live one if there is one."""
-        if self._live is not None:
-            sys.stderr.write("\r\033[2K")
-        write()
-        if self._live is not None:
-            sys.stderr.write(self._live)
-            sys.stderr.flush()
+        with self._lock:
+            if self._live is not None:
+                self.output.tell("\r\033[2K")
+            write()
+            if self._live is not None:
+                self.output.tell(self._live)
 
     def _update(self, step: int, steps: int) -> None:
         """Draw the live line: how far, the curve of the loss, how long still."""
@@ -95,18 +121,21 @@ class Display:
         done = step / steps
         bar = ("━" * round(24 * done)).ljust(24, "╌")
         eta = "" if self._eta is None else f"  {duration(self._eta)} left"
-        text = f"{bar} step {step}/{steps}  {sparkline(self._losses)}{eta}"
-        self._live = self.output.style(text, "good")
-        sys.stderr.write(f"\r\033[2K{self._live}")
-        sys.stderr.flush()
+        self._draw(f"{bar} step {step}/{steps}  {sparkline(self._losses)}{eta}")
         if step >= steps:
             self._end_live()
 
+    def _draw(self, text: str) -> None:
+        """Draw the live line. It is cut at the terminal's edge: a line that wraps cannot be removed."""
+        with self._lock:
+            self._live = self.output.style(text[: shutil.get_terminal_size().columns - 1], "good")
+            self.output.tell(f"\r\033[2K{self._live}")
+
     def _end_live(self) -> None:
-        if self._live is not None:
-            sys.stderr.write("\r\033[2K")
-            sys.stderr.flush()
-            self._live = None
+        with self._lock:
+            if self._live is not None:
+                self.output.tell("\r\033[2K")
+                self._live = None
 
 
 def step_line(event: StepDone) -> str:
@@ -121,6 +150,20 @@ def step_line(event: StepDone) -> str:
         f"lr {event.lr:.2e}  {event.tokens_per_second:,.0f} tok/s  {speed}  mem {event.memory_gib:.2f}G  "
         f"data {100 * event.data_share:.0f}%{eta}"
     )
+
+
+def progress_line(event: Progress, seconds: float, done: float) -> str:
+    """Return progress as one line; `done` in `seconds` is what was seen of it, for the rate and the time left."""
+    amount = size if event.unit == "bytes" else lambda count: f"{count:,.0f}"
+    unit = "" if event.unit == "bytes" else f" {event.unit}"
+    total = "" if event.total is None else f" / {amount(event.total)}"
+    text = f"{event.what:<10}{amount(event.done)}{total}{unit}"
+    if seconds <= 0 or done <= 0:
+        return text
+    text += f"  {amount(done / seconds)}{unit}/s"
+    if event.total is None or event.done >= event.total:
+        return text
+    return f"{text}  {duration((event.total - event.done) * seconds / done)} left"
 
 
 def sparkline(values: list[float]) -> str:

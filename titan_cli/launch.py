@@ -269,6 +269,8 @@ def _conclude(job: _Job) -> int:
     shown.exit_code = int(error["code"])
     if error.get("problems"):  # a config error is every rank's: no rank to name
         shown = ConfigError([Problem(**problem) for problem in error["problems"]])
+    if error.get("kind") == "Interrupted":  # every rank was
+        shown.message, failed = error["message"], []
     if first.trace:
         job.output.warn(f"traceback of rank {first.rank}:\n{first.trace}")
     job.output.error(shown)

@@ -109,6 +109,7 @@ MISTAKES = {
     "unknown subcommand": (["config", "shw"], 2, "did you mean `show`"),
     "unknown option": (["train", "--dry-rnu"], 2, "did you mean `--dry-run`"),
     "not an integer": (["train", "--until", "x"], 2, "'x' is not a valid integer"),
+    "not a time": (["train", "--grace", "soon"], 2, "--grace"),
     "no port to meet at": (["train", "--nnodes", "2", "--rdzv", "node01"], 2, "HOST:PORT"),
     "port that is none": (["train", "--nnodes", "2", "--rdzv", "node01:x"], 2, "HOST:PORT"),
     "unknown recipe": (["train", "llama3_debugmodl"], 2, "llama3_debugmodel"),

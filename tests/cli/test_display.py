@@ -1,11 +1,15 @@
 """What a person sees of a run."""
 
 import io
+import os
+import signal
 import sys
+import time
 
 import pytest
 
-from titan_cli.display import Display, duration, size, sparkline, step_line
+from titan_cli.display import Display, duration, progress_line, size, sparkline, step_line
+from titan_cli.notice import SignalNotice
 from titan_cli.output import Output
 from titan_core.runtime.events import Note, Planned, Progress, Saved, StepDone, Text, Validated, Warned
 
@@ -58,6 +62,72 @@ def test_a_terminal_has_a_live_line_that_leaves_nothing_behind(monkeypatch) -> N
     assert "\r\033[2K" in text
     screen = text.split("\n")
     assert screen[-1].endswith("\r\033[2K")
+
+
+def test_a_live_line_is_cut_at_the_edge_of_the_terminal(monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    text = shown([step(5)], monkeypatch, terminal=True, color="never")
+    live = text.split("\r\033[2K")[1]
+    assert len(live) == 39
+
+
+def test_progress_has_a_rate_and_an_end() -> None:
+    assert progress_line(Progress("read", 40, 100, "rows"), 2.0, 20.0) == "read      40 / 100 rows  10 rows/s  6s left"
+    assert (
+        progress_line(Progress("fetch", 2e6, 4e6, "bytes"), 1.0, 1e6) == "fetch     2.0 MB / 4.0 MB  1.0 MB/s  2s left"
+    )
+    assert progress_line(Progress("read", 40, None, "rows"), 0.0, 0.0) == "read      40 rows"
+
+
+def test_progress_in_a_pipe_is_a_line_now_and_then(monkeypatch) -> None:
+    events = [Progress("read", number, 1000, "rows") for number in range(1, 1001)]
+    lines = shown(events, monkeypatch).splitlines()
+    assert 1 <= len(lines) <= 3
+    assert lines[-1].startswith("read      1,000 / 1,000 rows")
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    seen = []
+    with Display(Output()) as display:
+        for event in (step(5), Note("hello"), Warned("careful")):
+            display(event)
+            seen.append(event)
+    assert len(seen) == 3
+
+
+def test_a_signal_is_answered_while_the_main_thread_is_busy() -> None:
+    told: list[tuple[str, float]] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with SignalNotice(lambda name: told.append((name, time.monotonic()))):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert [name for name, _ in told] == ["SIGUSR1"]  # once, however often it comes
+
+
+def test_a_forked_process_that_is_ended_gives_no_notice() -> None:
+    told: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    try:
+        with SignalNotice(told.append):
+            child = os.fork()
+            if child == 0:
+                time.sleep(30)
+                os._exit(1)
+            time.sleep(0.1)
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == []
 
 
 def test_quiet_shows_warnings_only(monkeypatch) -> None:
