@@ -61,7 +61,7 @@ class Display:
         if isinstance(event, StepDone):
             self._losses.append(event.loss)
             self._eta = event.eta_seconds
-            self._line(step_line(event))
+            self._line(step_line(event, shutil.get_terminal_size().columns if self.output.live() else None))
             self._update(event.step, event.steps)
         elif isinstance(event, Planned):
             for topic, text in event.rows:
@@ -138,18 +138,26 @@ class Display:
                 self._live = None
 
 
-def step_line(event: StepDone) -> str:
-    """Return a step's numbers as one line."""
+def step_line(event: StepDone, columns: int | None = None) -> str:
+    """Return a step's numbers as one line; those that matter least are left out where `columns` are too few."""
     width = len(str(event.steps))
     speed = f"{event.tflops * 1000:.0f} GFLOP/s" if event.tflops < 1 else f"{event.tflops:.0f} TFLOP/s"
-    if event.mfu is not None:
-        speed += f"  mfu {100 * event.mfu:.1f}%"
-    eta = "" if event.eta_seconds is None else f"  eta {duration(event.eta_seconds)}"
-    return (
-        f"step {event.step:>{width}}/{event.steps}  loss {event.loss:.4f}  grad {event.grad_norm:.2f}  "
-        f"lr {event.lr:.2e}  {event.tokens_per_second:,.0f} tok/s  {speed}  mem {event.memory_gib:.2f}G  "
-        f"data {100 * event.data_share:.0f}%{eta}"
-    )
+    parts = {
+        "step": f"step {event.step:>{width}}/{event.steps}",
+        "loss": f"loss {event.loss:.4f}",
+        "grad": f"grad {event.grad_norm:.2f}",
+        "lr": f"lr {event.lr:.2e}",
+        "rate": f"{event.tokens_per_second:,.0f} tok/s",
+        "speed": speed if event.mfu is None else f"{speed}  mfu {100 * event.mfu:.1f}%",
+        "mem": f"mem {event.memory_gib:.2f}G",
+        "data": f"data {100 * event.data_share:.0f}%",
+    }
+    if event.eta_seconds is not None:
+        parts["eta"] = f"eta {duration(event.eta_seconds)}"
+    for name in ("eta", "data", "lr", "mem", "grad", "speed"):
+        if columns is not None and len("  ".join(parts.values())) > columns:
+            parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 def progress_line(event: Progress, seconds: float, done: float) -> str:

@@ -145,6 +145,16 @@ def test_a_known_device_shows_its_mfu() -> None:
     assert "157 GFLOP/s  mfu 45.1%" in step_line(step(5, mfu=0.451))
 
 
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_step_lines_fit_into_the_terminal(columns: int, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = shown([step(5)], monkeypatch, terminal=True, color="never")
+    line = text.split("\n")[0]
+    assert len(line) <= columns
+    assert "loss 4.0000" in line
+    assert "4,096 tok/s" in line
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (61, "1m01s"), (3660, "1h01m"), (200000, "2d07h")]
 )

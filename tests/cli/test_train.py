@@ -102,6 +102,14 @@ def test_75_means_saved(stopped_by: str, checkpoint: str | None, expected: int, 
     assert found.get("error", {}).get("code", 75) == expected
 
 
+def test_a_warmup_that_is_cut_short_is_said_once(ends, capsys, monkeypatch) -> None:
+    ends()
+    _, _, err = call("train", "--training.steps", "3", capsys=capsys)
+    assert err.count("`lr_scheduler.warmup_steps` 10 is shortened to the 3 of `training.steps`") == 1
+    _, _, err = call("train", capsys=capsys)
+    assert "shortened" not in err
+
+
 def test_a_misspelt_key_to_allow_is_refused_before_torch_is_loaded(ends, capsys) -> None:
     ends()
     code, _, err = call("train", "--allow-change", "optimizer.lrr", capsys=capsys)

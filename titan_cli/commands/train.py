@@ -72,6 +72,9 @@ def train(
     problems = checks.check(resolved, ranks.world_size)
     if problems:
         raise ConfigError(problems)
+    if not worker.in_worker() and worker.is_main_rank():
+        for remark in checks.remarks(resolved.config):
+            output.warn(remark)
     if dry_run:
         _plan(output, resolved, ranks.world_size)
     elif ranks.must_spawn:
@@ -143,8 +146,8 @@ def _epilogue(output: Output, resolved: Resolved, done: TrainResult, words: list
     """Say what was made and what to do next."""
     if done.first_loss is not None:
         loss = f"loss {done.first_loss:.4f} -> {done.last_loss:.4f}"
-        how = f"stopped by {done.stopped_by}" if done.stopped_by else "done"
-        output.say(f"{how:<9} step {done.step}/{done.steps}, {done.tokens:,} tokens, {loss}, {done.seconds:.0f} s")
+        how = f"stopped by {done.stopped_by} at" if done.stopped_by else f"{'done':<9}"
+        output.say(f"{how} step {done.step}/{done.steps}, {done.tokens:,} tokens, {loss}, {done.seconds:.0f} s")
     elif done.finished:
         output.say(f"{'done':<10}the run in {done.run} is finished: it is at its last step, {done.step}, already")
     else:

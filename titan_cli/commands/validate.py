@@ -89,11 +89,20 @@ def loss(
 ) -> None:
     """Measure loss, perplexity and bits per byte."""
     no_flags(ctx)
+    from titan_cli.display import Display
     from titan_core.jobs import validate as job
 
-    found = job.loss(
-        path, data, seq_len=seq_len, batches=batches, batch_size=batch_size, text_key=text_key, device=device
-    )
+    with Display(output_of(ctx)) as display:
+        found = job.loss(
+            path,
+            data,
+            seq_len=seq_len,
+            batches=batches,
+            batch_size=batch_size,
+            text_key=text_key,
+            device=device,
+            listener=display,
+        )
     text = (
         f"loss {found.loss:.4f}  perplexity {found.perplexity:.2f}  bits per byte {found.bits_per_byte:.4f}  "
         f"{found.tokens:,} tokens of {found.data}"

@@ -51,6 +51,14 @@ def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
     return found if world_size is None else found + check_layout(resolved, world_size)
 
 
+def remarks(config: Config) -> list[str]:
+    """Return what is allowed, but may not be what was meant."""
+    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
+    if warmup <= steps:
+        return []
+    return [f"`lr_scheduler.warmup_steps` {warmup} is shortened to the {steps} of `training.steps`"]
+
+
 def check_layout(resolved: Resolved, world_size: int) -> list[Problem]:
     """Return what is wrong with the degrees of parallelism and the batch on this number of ranks."""
     return [_placed(problem, resolved) for problem in _layout(resolved.config, world_size)]
