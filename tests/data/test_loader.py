@@ -10,7 +10,7 @@ import torch
 
 from titan_core.config.load import load
 from titan_core.data.build import build_train_loader, build_validation_slice
-from titan_core.data.loader import BatchLoader, data_hash, merge_states
+from titan_core.data.loader import BatchLoader, _Producer, data_hash, merge_states
 from titan_core.data.tokenizer import load_tokenizer
 from titan_core.runtime.errors import DataError
 
@@ -247,6 +247,33 @@ def test_errors_of_the_background_reach_the_reader(workers: int, tokenizer, tmp_
         with pytest.raises(DataError, match="cannot read"):
             read(group, 1)
     close(group)
+
+
+def test_a_thread_that_ends_in_any_way_does_not_leave_its_reader_waiting() -> None:
+    class Panic(BaseException):
+        """What libraries written in Rust raise when they panic: no Exception."""
+
+    def panics():
+        yield 1
+        raise Panic("no entry found for key")
+
+    for source, message in ((panics(), "Panic: no entry found for key"), (iter([1]), "ended")):
+        producer = _Producer(source, ahead=2)
+        assert producer.get() == 1
+        for _ in range(2):
+            with pytest.raises(DataError, match=message):
+                producer.get()
+        producer.stop()
+        producer.join()
+
+
+def test_other_text_of_the_same_size_is_refused(tokenizer, tmp_path) -> None:
+    path = tmp_path / "docs.jsonl"
+    path.write_text('{"text": "one"}\n' * 20)
+    state = merge_states([loaders(tokenizer, path)[0].state_dict()])
+    path.write_text('{"text": "two"}\n' * 20)
+    with pytest.raises(DataError, match="source of the data"):
+        loaders(tokenizer, path)[0].load_state_dict(state)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,5 +1,6 @@
 """Opening data sets: what is there is found, what is not is explained."""
 
+import gzip
 import json
 import socket
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from titan_core.config.schema import Data
 from titan_core.data import tables
-from titan_core.data.local_files import PIECE_BYTES
+from titan_core.data.local_files import PIECE_BYTES, fingerprint
 from titan_core.data.sources import Stream, open_source
 from titan_core.runtime.errors import DataError
 
@@ -197,3 +198,44 @@ def test_mistakes_are_explained(name: str, make: str | None, message: str, tmp_p
         path.write_text("" if make == "empty file" else "this is not JSON {{{")
     with pytest.raises(DataError, match=message):
         opened(name, path)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.txt", "a.csv"])
+@pytest.mark.parametrize("content", [bytes(range(256)) * 9, "words of text ".encode("utf-16"), b"\x93\xfa" * 900])
+def test_what_is_not_utf8_text_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.\w+` is not UTF-8 text"):
+        opened(path=tmp_path / name)
+
+
+def test_text_with_a_few_odd_bytes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.log").write_bytes(b"caf\xe9 \x00 " + b"plain words " * 50)
+    (tmp_path / "b.log").write_bytes("é".encode() * 4096)  # the first bytes end within a character
+    source, _ = opened(path=tmp_path / "*.log")
+    assert source.text(0).startswith("caf\ufffd \0 plain")
+    assert source.text(1) == "é" * 4096
+
+
+def test_compressed_text_is_refused_by_name_and_compressed_lines_of_json_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"words"))
+    with pytest.raises(DataError, match=r"a\.txt\.gz` is compressed text") as caught:
+        opened(path=tmp_path / "a.txt.gz")
+    assert "unpack" in (caught.value.tip or "")
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
+    assert opened(path=tmp_path / "b.json.gz")[0].text(0) == "x"
+
+
+def test_fingerprints_see_content_and_many_files_cost_no_more_than_some(tmp_path: Path) -> None:
+    files = []
+    for i in range(1200):
+        file = tmp_path / f"{i:04}.txt"
+        file.write_text("x" * 100)
+        files.append(file)
+    before = fingerprint(files)
+    files[0].write_text("x" * 99 + "y")
+    assert fingerprint(files) != before
+    files[0].write_text("x" * 100)
+    assert fingerprint(files) == before
+    files[0].unlink()
+    with pytest.raises(DataError, match="cannot read"):
+        fingerprint(files)

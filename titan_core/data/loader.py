@@ -257,14 +257,14 @@ class _Producer:
     def __init__(self, source: Iterator[Any], ahead: int) -> None:
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        self._failed: Exception | None = None
+        self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(source,), daemon=True, name="titan-data")
         self._thread.start()
 
     def get(self) -> Any:
         """Return the next item; an error of the thread is raised here, again whenever it is asked."""
         item = self._failed or self._queue.get()
-        if isinstance(item, Exception):
+        if isinstance(item, BaseException):
             self._failed = item
             raise item
         return item
@@ -281,9 +281,12 @@ class _Producer:
         try:
             for item in source:
                 if not self._put(item):
-                    break
+                    return
+            self._put(DataError("the data ended, though it should begin again"))
         except Exception as error:  # handed to the consumer, which raises it
             self._put(error)
+        except BaseException as error:  # a panic of a library in Rust; without a word of it the consumer would hang
+            self._put(DataError(f"reading data failed: {type(error).__name__}: {error}"))
 
     def _put(self, item: Any) -> bool:
         while not self._stop.is_set():

@@ -15,6 +15,9 @@ FORMATS = {".txt": "text", ".md": "text", ".py": "text", ".json": "json", ".json
            ".gz": "json", ".zst": "json", ".parquet": "parquet"}  # fmt: skip
 # About 10,000 tokens. As one document, a book would be the next document of every lane: a batch of equal rows.
 PIECE_BYTES = 1 << 15
+# Looking into files costs a millisecond each on a shared disk: of many, this many are looked into, evenly spread.
+_LOOKED_INTO = 1000
+_SAMPLE_BYTES = 4096
 
 
 class TextFiles:
@@ -77,12 +80,24 @@ def local_files(path: str, where: str) -> list[Path]:
     return files
 
 
+def refuse_other_than_text(files: list[Path], where: str) -> None:
+    """Raise `DataError` if a text file is compressed, binary, or in another encoding than UTF-8."""
+    for file in _some(files):
+        sample = _samples(file)[0]
+        if file.suffix in (".gz", ".zst"):
+            raise DataError(f"`{file}` is compressed text", where=where, tip="unpack it, or make it lines of JSON")
+        text = sample.decode("utf-8", errors="replace")
+        if 16 * (text.count("\ufffd") + text.count("\0")) > len(text) + 16:  # pages of the web have a few
+            tip = "convert it (`iconv -t UTF-8`), or name the text files with a glob"
+            raise DataError(f"`{file}` is not UTF-8 text", where=where, tip=tip)
+
+
 def of_one_format(files: list[Path], path: str, where: str) -> tuple[str, list[Path]]:
     """Return the files' format, and the files without a read-me that lies beside tables.
 
     Raises `DataError` if they have several formats.
     """
-    formats = {file: FORMATS.get(file.suffix, "text") for file in files}
+    formats = {file: _format(file) for file in files}
     if set(formats.values()) != {"text"}:
         formats = {file: kind for file, kind in formats.items() if file.name != "README.md"}
     if len(set(formats.values())) > 1:
@@ -92,11 +107,46 @@ def of_one_format(files: list[Path], path: str, where: str) -> tuple[str, list[P
 
 
 def fingerprint(files: list[Path]) -> str:
-    """Return a hash of the names and sizes of files."""
+    """Return a hash of the names and sizes of files, and of some bytes at the start, middle and end of some of them."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}:{file.stat().st_size};".encode())
+        digest.update(f"{file.name}:{_size(file)};".encode())
+    for file in _some(files):
+        for sample in _samples(file):
+            digest.update(sample)
     return digest.hexdigest()[:16]
+
+
+def _some(files: list[Path]) -> list[Path]:
+    return files[:: -(-len(files) // _LOOKED_INTO)]
+
+
+def _samples(file: Path) -> list[bytes]:
+    """Return some bytes at the start, middle and end of a file."""
+    last = max(0, _size(file) - _SAMPLE_BYTES)
+    samples = []
+    try:
+        with file.open("rb") as opened:
+            for place in (0, last // 2, last):
+                opened.seek(place)
+                samples.append(opened.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise DataError(f"cannot read `{file}`: {error.strerror}") from error
+    return samples
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read `{file}`: {error.strerror}") from error
+
+
+def _format(file: Path) -> str:
+    """Return a file's format by its name; `a.txt.gz` is text, `a.json.gz` and `a.gz` are lines of JSON."""
+    compressed = file.suffix in (".gz", ".zst")
+    inner = Path(file.stem).suffix
+    return FORMATS.get(inner if compressed and inner else file.suffix, FORMATS.get(file.suffix, "text"))
 
 
 def _hidden(path: Path, folder: Path) -> bool:

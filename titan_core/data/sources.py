@@ -84,6 +84,7 @@ def open_source(name: str, path: str | None, data: schema.Data, *, validation: b
 def _local(path: str, data: schema.Data, where: str) -> Source:
     kind, files = local_files.of_one_format(local_files.local_files(path, where), path, where)
     if kind == "text":
+        local_files.refuse_other_than_text(files, where)
         return TextFiles(files)
     return load_table(
         kind,
