@@ -260,3 +260,24 @@ def test_errors_say_what_to_do(tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot read the tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_stream_decoder_does_not_hold_back_what_is_no_text(built_in) -> None:
+    lone = next(i for i in range(built_in.vocab_size) if built_in.decode([i]) == "\ufffd")
+    decoder = StreamDecoder(built_in)
+    pieces = [decoder.push(lone) for _ in range(200)]
+    assert sum(map(len, pieces)) > 150
+    assert "".join(pieces) + decoder.finish() == built_in.decode([lone] * 200)
+    assert decoder.push(built_in.encode("x", add_bos=False, add_eos=False)[0]) == "x"
+
+
+def test_a_tokenizer_file_may_have_any_name(built_in, tmp_path) -> None:
+    (tmp_path / "mine.json").write_text(built_in.backend.to_str())
+    assert load_tokenizer(str(tmp_path / "mine.json")).fingerprint == built_in.fingerprint
+
+
+def test_text_that_is_no_unicode_is_named(built_in) -> None:
+    argument = b"a\xffb".decode(errors="surrogateescape")  # as a command line gives it
+    with pytest.raises(DataError, match=r"not valid Unicode \(character 2\)") as caught:
+        built_in.encode_batch(["fine", argument], add_bos=True, add_eos=False)
+    assert "UTF-8" in (caught.value.tip or "")

@@ -21,6 +21,11 @@ BUILT_IN_VOCAB = 2048
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
+# A character has at most 4 bytes, so at most 4 tokens; a run this long that ends in none is no text (an untrained model
+# makes such), and is shown as it is.
+_MOST_HELD = 16
+
+
 class Tokenizer:
     """Text to ids and back, with a begin and an end token.
 
@@ -53,7 +58,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, add_bos: bool, add_eos: bool) -> list[list[int]]:
         """Return the ids of several texts, in parallel where the library can."""
-        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            raise _not_unicode(texts) from None
         head = [self.bos_id] if add_bos and self.bos_id is not None else []
         tail = [self.eos_id] if add_eos and self.eos_id is not None else []
         return [head + item.ids + tail for item in encoded]
@@ -91,7 +99,7 @@ class StreamDecoder:
         """Take one id and return the text that is certain now."""
         self._new.append(token)
         piece = self._text()
-        if piece.endswith("\ufffd"):
+        if piece.endswith("\ufffd") and len(self._new) < _MOST_HELD:
             return ""
         if piece:
             self._known, self._new = self._new, []
@@ -105,6 +113,15 @@ class StreamDecoder:
     def _text(self) -> str:
         before = self._tokenizer.decode(self._known)
         return self._tokenizer.decode(self._known + self._new)[len(before) :]
+
+
+def _not_unicode(texts: Sequence[str]) -> DataError:
+    """Return the error for texts with half of a surrogate pair, as bytes on a command line that are not UTF-8 give."""
+    for text in texts:
+        for number, letter in enumerate(text, 1):
+            if 0xD800 <= ord(letter) <= 0xDFFF:
+                return DataError(f"the text is not valid Unicode (character {number})", tip="is it in UTF-8?")
+    return DataError("the tokenizer was given something other than text")
 
 
 def tokenizer_from_files(files: dict[str, bytes]) -> Tokenizer:
@@ -144,6 +161,8 @@ def load_tokenizer(path: str, listener: Listener = silent) -> Tokenizer:
 def _open(place: Path, folder: Path) -> tokenizers.Tokenizer:
     names = [place.name] if place.is_file() else sorted(p.name for p in folder.iterdir())
     try:
+        if place.is_file() and place.suffix == ".json":
+            return tokenizers.Tokenizer.from_file(str(place))
         if "tokenizer.json" in names:
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         if "vocab.json" in names and "merges.txt" in names:
