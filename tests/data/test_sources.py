@@ -84,12 +84,14 @@ def test_a_large_text_file_is_cut_into_pieces_at_line_starts(tmp_path: Path) -> 
     (tmp_path / "a.txt").write_bytes("".join(lines).encode())
     (tmp_path / "b.txt").write_text("small")
     (tmp_path / "c.txt").write_bytes("日".encode() * 40_000)  # not one line end
+    late = "x" * (2 * PIECE_BYTES - 9) + "\n" + "x" * 2 * PIECE_BYTES
+    (tmp_path / "d.txt").write_text(late)
     source, _ = opened(path=tmp_path)
     pieces = [source.text(i) for i in range(len(source))]
     small = pieces.index("small")
     assert "".join(pieces[:small]) == "".join(lines)
     assert all(piece.startswith("line ") for piece in pieces[:small])
-    assert "".join(pieces[small + 1 :]) == "日" * 40_000
+    assert "".join(pieces[small + 1 :]) == "日" * 40_000 + late
     sizes = [len(piece.encode()) for piece in pieces if piece != "small"]
     assert min(sizes) >= PIECE_BYTES // 2
     assert max(sizes) <= 2 * PIECE_BYTES

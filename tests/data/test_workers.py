@@ -90,12 +90,13 @@ def test_signals_that_stop_a_run_do_not_stop_its_data(number: int) -> None:
     group.close()
 
 
-def test_a_killed_worker_is_noticed() -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_is_noticed(victim: int) -> None:
     group = Workers(endless, rows=2, microbatches=1, workers=2)
     shares = iter(group)
     next(shares)
-    os.kill(group._processes[1].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"data worker 1 died \(SIGKILL\)") as caught:
+    os.kill(group._processes[victim].pid, signal.SIGKILL)
+    with pytest.raises(DataError, match=rf"data worker {victim} died \(SIGKILL\)") as caught:
         list(shares)
     assert "data.num_workers" in (caught.value.tip or "")
     group.close()
