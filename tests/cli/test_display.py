@@ -113,6 +113,7 @@ def test_a_signal_is_answered_while_the_main_thread_is_busy() -> None:
     assert [name for name, _ in told] == ["SIGUSR1"]  # once, however often it comes
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_that_is_ended_gives_no_notice() -> None:
     told: list[str] = []
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
