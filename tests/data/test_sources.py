@@ -175,7 +175,7 @@ def test_c4_test_falls_back_and_says_so(tmp_path: Path, monkeypatch) -> None:
     ("name", "make", "message"),
     [
         ("nosuch", None, "no data set `nosuch`"),
-        ("embeded", None, "no data set `embeded`"),
+        ("embeded", None, "no data set `embeded`"),  # codespell:ignore embeded
         ("local", None, "needs a path"),
         ("local", "missing", "does not exist"),
         ("local", "empty folder", "holds no data files"),
@@ -211,10 +211,10 @@ def test_what_is_not_utf8_text_is_refused(name: str, content: bytes, tmp_path: P
 
 
 def test_text_with_a_few_odd_bytes_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.log").write_bytes(b"caf\xe9 \x00 " + b"plain words " * 50)
+    (tmp_path / "a.log").write_bytes(b"caf\xe9 \x00 " + b"plain words " * 50)  # codespell:ignore caf
     (tmp_path / "b.log").write_bytes("é".encode() * 4096)  # the first bytes end within a character
     source, _ = opened(path=tmp_path / "*.log")
-    assert source.text(0).startswith("caf\ufffd \0 plain")
+    assert source.text(0).startswith("caf\ufffd \0 plain")  # codespell:ignore caf
     assert source.text(1) == "é" * 4096
 
 
