@@ -1,6 +1,8 @@
 """Damaged, foreign and malicious checkpoints: reported, passed over, never run."""
 
+import dataclasses
 import io
+import json
 import os
 import pickle
 from pathlib import Path
@@ -12,8 +14,8 @@ import torch.distributed.checkpoint as dcp
 
 from tests.checkpoint.saved import SHAPES, assert_equal, data_file, empty, flip, open_at, save
 from tests.ranks import run_ranks
-from titan_core.checkpoint import Checkpointer, Snapshot, find_step, load_tensors, read_shared, verify
-from titan_core.checkpoint.manifest import Manifest, content_hash, read_manifest
+from titan_core.checkpoint import Checkpointer, Snapshot, find_step, load_tensors, read_shared, tensor_index, verify
+from titan_core.checkpoint.manifest import VERSION, Manifest, content_hash, read_manifest
 from titan_core.checkpoint.places import split
 from titan_core.config.schema import Checkpoint
 from titan_core.runtime.errors import CheckpointError
@@ -204,6 +206,98 @@ def test_metadata_may_name_nothing_but_its_own_classes(name: str, tmp_path: Path
     _restep(tmp_path / "step-1", ".metadata", pickled)
     with pytest.raises(CheckpointError, match="refused"):
         load_tensors(str(tmp_path / "step-1"), empty())
+
+
+@pytest.mark.parametrize("place", ["../../elsewhere.distcp", "/elsewhere.distcp", "__0_0.distcp/../../x", 7])
+@pytest.mark.parametrize("check", [True, False])
+def test_metadata_cannot_point_outside_of_the_step(place: object, check: bool, tmp_path: Path) -> None:
+    step = tmp_path / "checkpoint" / "step-1"
+    save(open_at(tmp_path / "checkpoint"), 1)
+    (tmp_path / "elsewhere.distcp").write_bytes((step / "__0_0.distcp").read_bytes())
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    metadata.storage_data = {
+        index: dataclasses.replace(info, relative_path=place) for index, info in metadata.storage_data.items()
+    }
+    _restep(step, ".metadata", pickle.dumps(metadata))
+    for use in (lambda: load_tensors(str(step), empty(), check=check), lambda: tensor_index(str(step))):
+        with pytest.raises(CheckpointError, match=r"points outside|is damaged"):
+            use()
+    assert len(verify(str(step))) == 1
+
+
+@pytest.mark.parametrize("name", ["../other/file", "/dev/zero", "ranks/../../file"])
+def test_manifest_cannot_name_what_lies_outside(name: str, tmp_path: Path) -> None:
+    save(open_at(tmp_path), 1)
+    manifest = read_manifest(*split(str(tmp_path / "step-1")))
+    manifest.files[name] = (5, "0")
+    (tmp_path / "step-1" / "manifest.json").write_bytes(manifest.to_json())
+    with pytest.raises(CheckpointError, match=r"lies outside of the checkpoint: refused"):
+        load_tensors(str(tmp_path / "step-1"), empty())
+    assert "refused" in verify(str(tmp_path / "step-1"))[0]
+
+
+@pytest.mark.parametrize("field", ["state_dict_metadata", "storage_data"])
+def test_metadata_without_its_fields_is_damaged(field: str, tmp_path: Path) -> None:
+    save(open_at(tmp_path), 1)
+    metadata = pickle.loads((tmp_path / "step-1" / ".metadata").read_bytes())
+    del metadata.__dict__[field]
+    if field == "storage_data":  # a class attribute stands in for it
+        metadata.storage_data = None
+    _restep(tmp_path / "step-1", ".metadata", pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="the metadata is damaged"):
+        tensor_index(str(tmp_path / "step-1"))
+    assert "the metadata is damaged" in verify(str(tmp_path / "step-1"))[0]
+
+
+def _with_own_hash(tree: dict) -> bytes:
+    def dump(value: dict) -> bytes:
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+    return dump({**tree, "hash": content_hash(dump(tree))})
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "infinite"])
+def test_manifest_that_no_parser_likes_is_damaged(content: str, tmp_path: Path) -> None:
+    save(open_at(tmp_path), 1)
+    data = content.encode()
+    if content == "infinite":
+        tree = {"version": VERSION, "step": float("inf"), "world_size": 1, "metrics": {}, "files": {}, "pieces": {}}
+        data = _with_own_hash(tree)
+    (tmp_path / "step-1" / "manifest.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match="the manifest is damaged"):
+        read_shared(str(tmp_path / "step-1"))
+
+
+def test_shared_state_that_is_nested_too_deep_is_no_state(tmp_path: Path) -> None:
+    save(open_at(tmp_path), 1)
+    _restep(tmp_path / "step-1", "shared.json", b"[" * 200_000)
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_shared(str(tmp_path / "step-1"))
+
+
+def test_renamed_step_is_passed_over(tmp_path: Path) -> None:
+    checkpointer = open_at(tmp_path)
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+    (tmp_path / "step-1").rename(tmp_path / "step-9")
+    loaded = checkpointer.load(empty())
+    assert loaded.step == 2
+    assert [step for step, _ in loaded.skipped] == [9]
+    with pytest.raises(CheckpointError, match="of step 1 under another name") as caught:
+        checkpointer.load(empty(), step=9)
+    assert caught.value.tip == "rename the folder to step-1"
+
+
+def test_newer_checkpoints_than_the_one_asked_for_are_named(tmp_path: Path) -> None:
+    heard: list = []
+    checkpointer = open_at(tmp_path, heard.append)
+    for step in (1, 2, 3):
+        save(checkpointer, step)
+    heard.clear()
+    checkpointer.load(empty(), step=3)
+    assert heard == []
+    checkpointer.load(empty(), step=1)
+    assert ["up to step 3" in event.text for event in heard] == [True]
 
 
 def test_tensor_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -190,6 +190,20 @@ def test_slow_disk_is_no_lost_rank(tmp_path: Path) -> None:
     assert run_ranks(_save_slowly, 2, str(tmp_path), timeout=20) == [[1], [1]]
 
 
+def _ask_while_saving(folder: str) -> tuple[list[int], int | None]:
+    rank = dist.get_rank()
+    checkpointer = Checkpointer(folder, Checkpoint(), rank=rank, size=2)
+    if rank == 0:  # the other rank asks long before the commit
+        write = Writer.write_file
+        Writer.write_file = lambda *args: (time.sleep(0.2), write(*args))[1]
+    checkpointer.save(1, _tensors(), blocking=False)
+    return checkpointer.steps(), checkpointer.newest()
+
+
+def test_all_ranks_see_the_same_steps_while_one_is_being_saved(tmp_path: Path) -> None:
+    assert run_ranks(_ask_while_saving, 2, str(tmp_path), timeout=20) == [([1], 1), ([1], 1)]
+
+
 def _lose_a_rank(folder: str) -> str:
     rank = dist.get_rank()
     checkpointer = Checkpointer(folder, Checkpoint(), rank=rank, size=2)

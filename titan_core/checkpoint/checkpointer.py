@@ -71,11 +71,16 @@ class Checkpointer:
             self._say()
 
     def steps(self) -> list[int]:
-        """Return the complete checkpoints, in order. Raises `CheckpointError` if the place cannot be read."""
-        return self._local(self.storage.steps)
+        """Return the complete checkpoints, in order, as the main rank sees them; every rank calls it.
+
+        Waits for a save that is under way, and raises what failed in it, or that the place cannot be read, as
+        `CheckpointError`.
+        """
+        self._join()
+        return self.ranks.agree(self.storage.steps, self.storage.root, share=True)
 
     def newest(self) -> int | None:
-        """Return the newest complete checkpoint."""
+        """Return the newest complete checkpoint, None if there is none; see `steps`."""
         steps = self.steps()
         return steps[-1] if steps else None
 
@@ -205,7 +210,6 @@ class Checkpointer:
         With -1 a damaged checkpoint is reported and the one before it taken, by all ranks alike; a step that was asked
         for must be sound. Tensors of another shape or name are an error in either case.
         """
-        self._join()
         skipped: list[tuple[int, str]] = []
         for candidate in reversed(self._candidates(step)):
             try:
@@ -220,6 +224,8 @@ class Checkpointer:
                     self.listener(Warned(f"checkpoint step-{candidate} cannot be read and is passed over: {error}"))
                 continue
             self._protected = candidate
+            if step >= 0:
+                self._warn_of_newer(step)
             return Loaded(candidate, self.path(candidate), shared, own, skipped)
         if skipped:
             raise CheckpointError(
@@ -240,8 +246,8 @@ class Checkpointer:
         return None
 
     def _candidates(self, step: int) -> list[int]:
-        """Return the steps to try, the newest last, as the main rank sees them."""
-        steps = self.ranks.agree(self.storage.steps, self.storage.root, share=True)
+        """Return the steps to try, the newest last."""
+        steps = self.steps()
         if step < 0:
             return steps
         if step not in steps:
@@ -259,14 +265,21 @@ class Checkpointer:
     def _read_json(self, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         path, check = self.storage.path(step), self.config.verify
         manifest = read_manifest(self.storage, path)
+        if manifest.step != step:  # resumed from it, the run would save below it and then start here again
+            raise CheckpointError(
+                f"this is the checkpoint of step {manifest.step} under another name",
+                where=self.path(step),
+                tip=f"rename the folder to step-{manifest.step}",
+            )
         shared = read_json(self.storage, path, SHARED, manifest, check)
         if manifest.world_size != self.ranks.size:
             return shared, None
         return shared, read_json(self.storage, path, rank_file(self.ranks.rank), manifest, check)
 
-    def _local(self, work: Callable[[], Any]) -> Any:
-        """Do something on this rank alone, with errors for people."""
-        try:
-            return work()
-        except self.storage.errors as error:
-            raise explain(error, self.storage.root, self.ranks.rank) from error
+    def _warn_of_newer(self, step: int) -> None:
+        """Say that a run that goes on from an older step does not own the newer ones."""
+        newer = [other for other in self.steps() if other > step]
+        if newer and self.ranks.is_main and not self.config.load_only:
+            text = f"step {step} is loaded, but newer checkpoints are there, up to step {newer[-1]}: until this run is "
+            text += "past it, `--resume auto` takes that one and not this run's; move them away to go on from here"
+            self.listener(Warned(text))

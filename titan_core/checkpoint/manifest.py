@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from titan_core.checkpoint.storage import MANIFEST, Storage
 from titan_core.runtime.errors import CheckpointError
 
 VERSION = 1
+# What parsing damaged or hostile JSON raises: nested too deep, or an infinity where an integer should be, too.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
 
 
 def content_hash(data: bytes | memoryview) -> str:
@@ -57,7 +60,7 @@ def read_manifest(storage: Storage, step_path: str) -> Manifest:
         raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
     try:
         return _parse(json.loads(data), where)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise CheckpointError(f"the manifest is damaged: {error}", where=where) from error
 
 
@@ -90,7 +93,7 @@ def read_json(storage: Storage, step_path: str, name: str, manifest: Manifest, c
     where = f"{storage.root}/{step_path}/{name}"
     try:
         tree = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}", where=where) from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"not a JSON object but a {type(tree).__name__}", where=where)
@@ -109,6 +112,8 @@ def _parse(tree: dict[str, Any], where: str) -> Manifest:
     digest = tree.pop("hash")
     if digest != content_hash(_dump(tree)):
         raise CheckpointError("the manifest does not have its own hash: it is damaged", where=where)
+    for name in (*tree["files"], *tree["pieces"]):
+        _refuse_outside(name, where)
     return Manifest(
         step=int(tree["step"]),
         world_size=int(tree["world_size"]),
@@ -119,6 +124,14 @@ def _parse(tree: dict[str, Any], where: str) -> Manifest:
             for name, pieces in tree["pieces"].items()
         },
     )
+
+
+def _refuse_outside(name: str, where: str) -> None:
+    """Raise `CheckpointError` for a name that leads out of the step's folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        message = f"the manifest names `{name}`, which lies outside of the checkpoint: refused"
+        raise CheckpointError(message, where=where, tip="do not trust this checkpoint")
 
 
 def _dump(tree: dict[str, Any]) -> bytes:

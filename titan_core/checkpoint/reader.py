@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -47,6 +49,8 @@ _ALLOWED = {
     ),
 }
 
+_DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
+
 
 class Mismatch(CheckpointError):
     """The checkpoint is whole, but holds other tensors than those asked for."""
@@ -76,7 +80,41 @@ def read_metadata(storage: Storage, step_path: str, manifest: Manifest, check: b
         raise CheckpointError(f"the metadata is damaged: {error}", where=where) from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError("this is not a checkpoint's metadata", where=where)
+    try:
+        sound = all(map(_is_entry, metadata.storage_data.items())) and all(
+            map(_is_description, metadata.state_dict_metadata.items())
+        )
+    except (AttributeError, TypeError) as error:  # an object that was made without its fields
+        raise CheckpointError(f"the metadata is damaged: {error}", where=where) from error
+    if not sound:
+        message = "the metadata points outside of the checkpoint, or is not of DCP's form: refused"
+        raise CheckpointError(message, where=where, tip="do not trust this checkpoint")
     return metadata
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    """Does this say where a piece of a tensor lies, in a data file of the step itself?"""
+    index, info = entry
+    return (
+        isinstance(index, MetadataIndex)
+        and isinstance(index.fqn, str)
+        and isinstance(info, _StorageInfo)
+        and _DATA_FILE.fullmatch(info.relative_path) is not None
+        and isinstance(info.offset, int)
+        and isinstance(info.length, int)
+    )
+
+
+def _is_description(entry: tuple[Any, Any]) -> bool:
+    """Does this say what a name stands for? What is no tensor is never read."""
+    name, described = entry
+    if not isinstance(described, TensorStorageMetadata):
+        return isinstance(name, str)
+    return (
+        isinstance(name, str)
+        and isinstance(described.properties.dtype, torch.dtype)
+        and all(isinstance(length, int) for length in described.size)
+    )
 
 
 class Reader(StorageReader):
