@@ -89,6 +89,9 @@ def test_s3(monkeypatch) -> None:
             f"bucket/run/checkpoint/step-{n}" for n in (3, 5)
         ]
         assert find_step("s3://bucket/run") == "s3://bucket/run/checkpoint/step-5"
+        with pytest.raises(CheckpointError):
+            save(open_at("s3://misspelt/run"), 1)
+        assert fs.ls("", refresh=True) == ["bucket"]
     finally:
         server.stop()
 
@@ -222,8 +225,9 @@ def test_client_that_fails_in_its_own_way_is_explained(monkeypatch) -> None:
         lambda: checkpointer.load(empty()),
         lambda: find_step("memory://titan-test/offline"),
     ):
-        with pytest.raises(CheckpointError, match="Unable to locate credentials"):
+        with pytest.raises(CheckpointError, match="Unable to locate credentials") as caught:
             use()
+        assert "credentials right" in (caught.value.tip or "")
 
 
 def _save_to_own_memory() -> str:

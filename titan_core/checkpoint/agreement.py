@@ -117,4 +117,5 @@ def explain(error: Exception, where: str, rank: int = 0) -> TitanError:
         place = error.filename if isinstance(error.filename, str) else where
         tip = _TIPS.get(error.errno or 0)
         return CheckpointError(f"cannot write or read the checkpoint: {reason}", where=place, tip=tip)
-    return CheckpointError(f"rank {rank} failed: {type(error).__name__}: {error}", where=where)
+    tip = "can the store be reached, and are its address and credentials right?" if "://" in where else None
+    return CheckpointError(f"rank {rank} failed: {type(error).__name__}: {error}", where=where, tip=tip)

@@ -35,6 +35,7 @@ class RemoteStorage:
         except ValueError as error:
             raise CheckpointError(f"cannot open `{url}`: {error}", where="checkpoint.folder") from error
         self.root = url
+        self._has_folders = scheme not in _PACKAGES  # a bucket has none, and making them would make a misspelt bucket
         self._writing: int | None = None
         self._lock = threading.Lock()  # between a sweep and the start of a save
 
@@ -68,7 +69,7 @@ class RemoteStorage:
     def open(self, path: str, mode: str) -> Any:
         """Open an object."""
         full = f"{self._base}/{path}"
-        if "w" in mode:
+        if "w" in mode and self._has_folders:
             self._fs.makedirs(full.rsplit("/", 1)[0], exist_ok=True)
         opened: Any = self._fs.open(full, mode)
         return opened
