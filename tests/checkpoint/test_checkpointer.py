@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from tests.checkpoint.saved import assert_equal, data_file, empty, open_at, save
 from tests.ranks import run_ranks
@@ -69,6 +70,10 @@ def _shards(kind: str, size: int) -> dict[str, torch.Tensor]:
         fully_shard(net, mesh=init_device_mesh("cpu", (size,)))
     elif kind == "hsdp":
         fully_shard(net, mesh=init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("r", "s")))
+    elif kind == "fsdp of tp":
+        mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(net, mesh["tp"], {"a": ColwiseParallel(), "b": RowwiseParallel()})
+        fully_shard(net, mesh=mesh["dp"])
     elif kind == "columns":
         mesh = init_device_mesh("cpu", (size,))
         for module in (net.a, net.b):
@@ -101,6 +106,8 @@ def _load_shards(folder: str, kind: str, size: int) -> tuple:
         ("hsdp", 4, "fsdp", 2),
         ("fsdp", 4, "hsdp", 4),
         ("plain", 2, "fsdp", 2),
+        ("fsdp of tp", 4, "columns", 2),
+        ("hsdp", 4, "fsdp of tp", 4),
     ],
 )
 def test_any_layout_to_any_layout(written: str, ranks: int, read: str, then: int, tmp_path: Path) -> None:
