@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from titan_core.config.fields import fields, get
-from titan_core.config.values import toml_value
 from titan_core.config.schema import Config
+from titan_core.config.values import toml_value
 from titan_core.runtime.errors import ConfigError, Problem
 
 # Keys that decide what is computed. All others (logging, layout, saving, ...) may change freely.
