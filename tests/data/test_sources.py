@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from titan_core.config.schema import Data
-from titan_core.data import tables
+from titan_core.data import embedded, tables
 from titan_core.data.local_files import PIECE_BYTES, fingerprint
 from titan_core.data.sources import Stream, open_source
 from titan_core.runtime.errors import DataError
@@ -23,11 +23,15 @@ def opened(name: str = "local", path: Path | str | None = None, validation: bool
 def test_embedded_splits_share_no_file() -> None:
     train, _ = opened("embedded")
     held_out, _ = opened("embedded", validation=True)
-    assert len(train) > 300
-    assert 10 < len(held_out) < len(train) / 8
-    assert not {train.text(i) for i in range(len(train)) if len(train.text(i)) > 200} & {
-        held_out.text(i) for i in range(len(held_out)) if len(held_out.text(i)) > 200
-    }
+    assert len(train) > 3000
+    assert 100 < len(held_out) < len(train) / 8
+    assert not set(embedded.files("train")) & set(embedded.files("validation"))
+
+
+def test_embedded_pieces_are_the_files_whole() -> None:
+    held_out, _ = opened("embedded", validation=True)
+    pieces = "".join(held_out.text(i) for i in range(len(held_out)))
+    assert pieces == "".join(path.read_bytes().decode() for path in embedded.files("validation"))
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "folder", "glob"])

@@ -21,14 +21,15 @@ _SAMPLE_BYTES = 4096
 
 
 class TextFiles:
-    """Text files, each one document, or several of about `PIECE_BYTES` that begin at line starts if it is larger."""
+    """Text files, each one document, or several of about `piece_bytes` that begin at line starts if it is larger."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, files: list[Path], piece_bytes: int = PIECE_BYTES) -> None:
         self._files = files
+        self._piece = piece_bytes
         self._sizes = [file.stat().st_size for file in files]
-        counts = (max(1, size // PIECE_BYTES) for size in self._sizes)
+        counts = (max(1, size // piece_bytes) for size in self._sizes)
         self._ends = list(itertools.accumulate(counts))
-        self.fingerprint = f"text/{PIECE_BYTES}/{fingerprint(files)}"
+        self.fingerprint = f"text/{piece_bytes}/{fingerprint(files)}"
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -40,26 +41,24 @@ class TextFiles:
         first, last = index == before, index == self._ends[number] - 1
         try:
             with self._files[number].open("rb") as file:
-                start = 0 if first else _cut(file, index - before)
-                end = self._sizes[number] if last else _cut(file, index - before + 1)
+                start = 0 if first else self._cut(file, index - before)
+                end = self._sizes[number] if last else self._cut(file, index - before + 1)
                 file.seek(start)
                 return file.read(end - start).decode("utf-8", errors="replace")
         except OSError as error:
             raise DataError(f"cannot read `{self._files[number]}`: {error.strerror}") from error
 
-
-def _cut(file: BinaryIO, number: int) -> int:
-    """Return where piece `number` begins: the first line start in the half piece from its place on, or a character's.
-
-    It depends on a few bytes only, so nothing is indexed, and no piece is empty.
-    """
-    place = number * PIECE_BYTES
-    file.seek(place)
-    window = file.read(PIECE_BYTES // 2)
-    newline = window.find(b"\n")
-    if newline >= 0:
-        return place + newline + 1
-    return place + next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
+    def _cut(self, file: BinaryIO, number: int) -> int:
+        """Return where piece `number` begins: the first line start in the half piece from its place on, or a
+        character's. It depends on a few bytes only, so nothing is indexed, and no piece is empty.
+        """
+        place = number * self._piece
+        file.seek(place)
+        window = file.read(self._piece // 2)
+        newline = window.find(b"\n")
+        if newline >= 0:
+            return place + newline + 1
+        return place + next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
 
 
 def local_files(path: str, where: str) -> list[Path]:

@@ -33,22 +33,16 @@ class IndexedSource(Protocol):
         ...
 
 
-class Embedded:
-    """The standard library's text."""
+class Embedded(TextFiles):
+    """The standard library's text, in pieces of a page or two: a batch then shows many kinds of text."""
 
     def __init__(self, split: embedded.Split) -> None:
-        self._files = embedded.files(split)
-        if not self._files:
+        files = list(embedded.files(split))
+        if not files:
             tip = "name local files with dataset_path, or a data set of the Hub"
             raise DataError("this Python comes without the source of its standard library", tip=tip)
-        self.fingerprint = f"embedded/{split}/{embedded.fingerprint(split)}"
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def text(self, index: int) -> str:
-        """Return one file."""
-        return embedded.text(self._files[index])
+        super().__init__(files, piece_bytes=2048)
+        self.fingerprint = f"embedded/{split}/2048/{embedded.fingerprint(split)}"
 
 
 Source = IndexedSource | Stream
