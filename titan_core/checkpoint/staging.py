@@ -7,6 +7,7 @@ for it. Buffers are made once and used again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Stage:
             self._stream.synchronize()
             return copies
 
-    def fence(self, tensors: Mapping[str, Tensor]) -> torch.cuda.Event | None:
+    def fence(self, tensors: Mapping[str, Tensor]) -> Any:
         """Return an event after all that the training thread has queued, for a copy to wait on.
 
         Called in the training thread: a new thread would take the first device of the machine for its own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -90,7 +90,7 @@ class Writer(StorageWriter):
         if tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.cpu().clone()  # torch.save would store the whole storage of a view
         try:
-            torch.save(tensor, file)
+            torch.save(tensor, cast(IO[bytes], file))  # it has what torch.save uses of a file
         except RuntimeError:
             if file.error is not None:  # torch reports a failed write as a broken archive
                 raise file.error from None

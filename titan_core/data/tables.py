@@ -83,13 +83,14 @@ def load_table(
     `name` is what the user calls it. Raises `DataError` if it cannot be read, is empty, or has no such column of text.
     """
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     datasets.disable_progress_bars()
     try:
         with _silence():
             loaded: Any = datasets.load_dataset(builder, subset, streaming=streaming, **options)
             columns = loaded.column_names or list(next(iter(loaded), {}))
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         tip = "is the name right? for a gated one: `hf auth login`"
         raise DataError(f"the Hub shows no data set `{name}`: {_cause(error)}", where=where, tip=tip) from error
     except ConnectionError as error:

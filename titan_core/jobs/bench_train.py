@@ -114,7 +114,8 @@ def _write_weights(folder: Path) -> str:
         model = llama.build(sizes)
     materialise(model, llama.parameters(sizes), 0, torch.device("cpu"))
     path = folder / "weights.npz"
-    np.savez(path, **{name: tensor.detach().numpy() for name, tensor in model.named_parameters()})
+    arrays: dict[str, Any] = {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
+    np.savez(path, **arrays)
     return str(path)
 
 

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 EXTRAS = {
     "torchao": ("quant", "float8 and MX matmuls"),
@@ -120,6 +120,7 @@ def _driver() -> str:
 def _collectives() -> Finding:
     import torch
     import torch.distributed as dist
+    from torch.cuda import nccl as nccl_library
 
     if not dist.is_available() or not dist.is_gloo_available():
         text = "torch is built without gloo, which ranks on CPUs and the agreement on signals need"
@@ -128,7 +129,7 @@ def _collectives() -> Finding:
     if reason is not None:
         tip = "name a network interface that works: `export GLOO_SOCKET_IFNAME=lo` on one host"
         return Finding("collectives", "wrong", f"gloo cannot reduce on this host: {reason}", tip)
-    nccl = ", nccl " + ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else ""
+    nccl = ", nccl " + ".".join(map(str, nccl_library.version())) if dist.is_nccl_available() else ""
     if torch.cuda.is_available() and not nccl:
         return Finding("collectives", "wrong", "torch is built without nccl: no more than one GPU", "install it again")
     return Finding("collectives", "ok", "gloo (two ranks tried)" + nccl)
@@ -143,7 +144,7 @@ def _gloo_fails() -> str | None:
 
     def rank(number: int) -> None:
         try:
-            group = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=10))
+            group: Any = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=10))
             value = torch.tensor([float(number + 1)])
             group.allreduce([value]).wait()
             sums.append(value.item())

@@ -112,6 +112,7 @@ class WandB:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         try:
             import wandb
+            from wandb.errors import Error as WandBError
         except ImportError:
             raise missing_extra("wandb", "logging") from None
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,7 @@ class WandB:
                 dir=str(folder),
                 config=config,
             )
-        except wandb.errors.Error as error:
+        except WandBError as error:
             raise RemoteError(
                 f"Weights & Biases did not start: {error}",
                 where="metrics.enable_wandb",

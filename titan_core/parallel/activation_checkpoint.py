@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -29,7 +30,7 @@ SAVED_OPS = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_attention_math.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
-    torch._higher_order_ops.flex_attention,
+    flex_attention,
     _aten.max.default,
 }
 MATMUL_OPS = {_aten.mm.default, _aten.linear.default}

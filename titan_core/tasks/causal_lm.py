@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: nn.Module, *, document_masks: bool, inner_loss: LossAndSlope | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # any module with `hidden(tokens, mask)` and `head_weight`
         self.document_masks = document_masks
         self.inner_loss = inner_loss
 

@@ -90,6 +90,13 @@ class Timer(transformers.TrainerCallback):
             print(json.dumps({"loss": float(logs["loss"])}), flush=True)
 
 
+class InOrder(transformers.Trainer):
+    """Reads the rows as they come."""
+
+    def _get_train_sampler(self, *_args, **_kwargs):
+        return torch.utils.data.SequentialSampler(Rows())
+
+
 with tempfile.TemporaryDirectory() as folder:
     options = transformers.TrainingArguments(
         output_dir=folder,
@@ -109,8 +116,7 @@ with tempfile.TemporaryDirectory() as folder:
         dataloader_num_workers=0,
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(model=model, args=options, train_dataset=Rows(), callbacks=[Timer()])
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(Rows())
+    trainer = InOrder(model=model, args=options, train_dataset=Rows(), callbacks=[Timer()])
     sys.stdout.flush()
     trainer.train()
 os._exit(0)
