@@ -137,6 +137,44 @@ def test_signal_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
     assert losses(tiny(tmp_path / "cut", **SETTINGS)) == whole[3:]
 
 
+def _stop_in_validation(resolved, batches: int):
+    """Send this process SIGTERM during a validation; return the result and how many batches were validated."""
+    from titan_core.tasks.causal_lm import CausalLM
+
+    seen, original = [], CausalLM.forward
+
+    def forward(task, batch):
+        if not task.training:
+            seen.append(1)
+            if len(seen) == batches:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(task, batch)
+
+    CausalLM.forward = forward
+    try:
+        return train.run(resolved), len(seen)
+    finally:
+        CausalLM.forward = original
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signal_in_a_validation_does_not_wait_for_its_end(ranks: int, tmp_path: Path) -> None:
+    changes = {
+        "validation__enable": True,
+        "validation__steps": 40,
+        "validation__freq": 2,
+        "validation__seq_len": 32,
+        "validation__local_batch_size": 2,
+        "checkpoint__interval": 100,
+    }
+    batches = 40 // ranks + 5  # the first step validates whole, the second is stopped at its fifth batch
+    resolved = tiny(tmp_path, **{**SETTINGS, **changes})
+    for result, seen in run_ranks(_stop_in_validation, ranks, resolved, batches):
+        assert (result.stopped_by, result.step) == ("SIGTERM", 2)
+        assert batches <= seen <= batches + 2
+        assert result.checkpoint is not None
+
+
 def test_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
     resolved = tiny(tmp_path, **{**SETTINGS, "checkpoint__interval": 100})
     results = run_ranks(_stop_by, 2, resolved, signal.SIGTERM)

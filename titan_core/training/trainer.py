@@ -97,8 +97,8 @@ class Trainer:
                 collector.after_step(step)
                 self.profiler.after_step(step)
                 if self.validator is not None and self.validator.due(step):
-                    self._validate(step)
-                stopped_by = stop.agreed()
+                    stopped_by = self._validate(step, stop)
+                stopped_by = stopped_by or stop.agreed()
                 self._save_if_due(step, last=step >= last or stopped_by is not None)
                 if step == 1:
                     set_timeout(config.comm.train_timeout_seconds)
@@ -164,11 +164,15 @@ class Trainer:
         )
         self.listener(done)
 
-    def _validate(self, step: int) -> None:
+    def _validate(self, step: int, stop: StopRequest) -> str | None:
+        """Validate, and return why to stop if that was asked for meanwhile."""
         assert self.validator is not None
-        validated = self.validator.run(step)
+        validated = self.validator.run(step, stop.agreed)
+        if isinstance(validated, str):
+            return validated
         self._validation_loss = validated.loss
         self._meter.pause(validated.seconds)
+        return None
 
     # ------------------------------------------------------------------------------------------ saving
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -31,17 +32,26 @@ class Validator:
         return step == 1 or step % self.parts.config.validation.freq == 0
 
     @torch.no_grad()
-    def run(self, step: int) -> Validated:
-        """Return the token-weighted mean loss over the whole slice."""
+    def run(self, step: int, stopping: Callable[[], str | None]) -> Validated | str:
+        """Return the token-weighted mean loss over the whole slice, or why it was given up.
+
+        `stopping` is asked after every batch, on every rank, and says why to stop or None.
+        """
         began = time.perf_counter()
         module = self.parts.parallel.module
         totals = torch.zeros(2, dtype=torch.float64, device=self.parts.world.device)
+        reason = None
         module.eval()
         for batch in self.slice:
             batch = batch.to(self.parts.world.device)
             totals[0] += module(batch)
             totals[1] += self.parts.task.weight(batch)
+            reason = stopping()
+            if reason is not None:
+                break
         module.train()
+        if reason is not None:
+            return reason
         if self.parts.mesh.layout.dp > 1:
             dist.all_reduce(totals)
         loss, weight = totals.tolist()
