@@ -273,7 +273,7 @@ def _conclude(job: _Job) -> int:
         shown = ConfigError([Problem(**problem) for problem in error["problems"]])
     reported = next((e for e in (w.explained() for w in failed) if e.get("kind") == _WAITED), None)
     if error.get("kind") == _WAITED:  # it speaks of all ranks
-        shown.message = error["message"]
+        shown = CollectiveFailed(error["message"], where=error.get("where"), tip=error.get("tip"))
     elif reported is not None and first.error is None:  # how a rank died, and what the others know of it
         shown.message, shown.where = f"{shown.message}; {reported['message']}", reported["where"]
     if error.get("kind") == "Interrupted":  # every rank was

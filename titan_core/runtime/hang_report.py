@@ -15,6 +15,7 @@ from typing import Any
 
 from titan_core.runtime.traces import Call, RankTrace
 
+_SAME_CALLS = "every rank must make the same calls, in the same order, with tensors of the same size and dtype"
 _SHOWN = 16  # ranks that get lines of their own in the report
 
 
@@ -113,10 +114,11 @@ def find_partings(ranks: dict[int, RankTrace], size: int) -> list[Parting]:
     def waits_elsewhere(rank: int, here: Parting) -> bool:
         return any(rank in other.waiting for other in partings if other is not here)
 
-    def order(parting: Parting) -> tuple[bool, bool, int, int]:
-        astray = any(not waits_elsewhere(rank, parting) for rank in parting.missing)
+    def order(parting: Parting) -> tuple[bool, bool, int, int, int]:
+        elsewhere = sum(waits_elsewhere(rank, parting) for rank in parting.missing)
+        astray = elsewhere < len(parting.missing)
         usual = sum(_is_usual(ranks[rank], parting.calls[rank]) for rank in parting.waiting)
-        return not parting.differ, not astray, -usual, min(c.created for c in parting.calls.values())
+        return not parting.differ, not astray, elsewhere, -usual, min(c.created for c in parting.calls.values())
 
     return sorted(partings, key=order)
 
@@ -156,7 +158,7 @@ def _odd_ones(entered: dict[int, Call], ranks: dict[int, RankTrace]) -> tuple[in
 def _is_usual(trace: RankTrace, call: Call) -> bool:
     """Has this rank gone from the call before to such a call before?"""
     steps = [other for other in trace.calls if other.thread == call.thread and other.created <= call.created]
-    names = [(*other.key, other.op, other.at) for other in steps]
+    names = [(*other.key, other.op, other.at[:1]) for other in steps]
     return len(names) > 1 and (names[-2], names[-1]) in set(itertools.pairwise(names[:-1]))
 
 
@@ -188,8 +190,8 @@ def whereabouts(rank: int, trace: RankTrace | None, parting: Parting | None) -> 
         own = parting.calls[rank]
         return f"is in {own} ({own.shape})" + (f", called by {own.at[0]}" if own.at else "")
     last = _in(trace.calls[-1:], "; its last collective was ") or "; it has entered no collective"
-    if trace.inside:
-        return _in(trace.inside[:1], "waits in ")
+    if trace.waits_in is not None:
+        return _in([trace.waits_in], "waits in ")
     if trace.stack:
         return f"is in no collective but in {trace.stack[0]}{last}"
     return f"is in no collective{last}"
@@ -211,10 +213,7 @@ def _summary(ranks: dict[int, RankTrace], parting: Parting | None, where: dict[i
     waiting = ranks_text(parting.waiting)
     if parting.differ:
         summary = f"the ranks do not match in {call} ({call.shape}): {waiting} entered it, but {away}"
-        return (
-            summary,
-            "every rank must make the same calls, in the same order, with tensors of the same size and dtype",
-        )
+        return summary, _SAME_CALLS
     waits = "waits" if len(parting.waiting) == 1 else "wait"
     missing = f"{ranks_text(parting.missing)} {'is' if len(parting.missing) == 1 else 'are'} missing"
     summary = f"{missing} in {call} ({call.shape}), where {waiting} {waits}: {away}"
@@ -222,6 +221,8 @@ def _summary(ranks: dict[int, RankTrace], parting: Parting | None, where: dict[i
         return summary, "its own output, or `dmesg` on its host, says how it ended"
     if any(ranks[rank].state == "left" for rank in parting.missing):
         return summary, "that error is the cause"
+    if all(ranks[rank].waits_in is not None for rank in parting.missing):
+        return summary, _SAME_CALLS
     return (
         summary,
         "if it was only slow, raise comm.train_timeout_seconds (before the first step: init_timeout_seconds)",

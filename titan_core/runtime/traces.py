@@ -101,6 +101,11 @@ class RankTrace:
             open_calls.append(self.calls[-1])  # torch marks it when it fails, sometimes before we see the trace
         return open_calls
 
+    @property
+    def waits_in(self) -> Call | None:
+        """The call that holds it up: NCCL's run in the order of their start, on the CPU only the last one blocks."""
+        return None if not self.inside else self.inside[0 if self.inside[0].backend == "nccl" else -1]
+
 
 def find_folder(folder: str | Path) -> Path:
     """Return the folder of traces that is meant: this one, or the one in it whose report is the newest."""
@@ -194,7 +199,7 @@ def _call(entry: Mapping[str, Any]) -> Call:
         description="" if description == "undefined" else description,
         number=entry["p2p_seq_id"] if one_to_one else entry["collective_seq_id"],
         op=op,
-        dtypes=tuple(_DTYPES.get(name, name) for name in entry["input_dtypes"]),
+        dtypes=tuple(_DTYPES.get(str(name), str(name)) for name in entry["input_dtypes"]),
         sizes=tuple(tuple(size) for size in entry["input_sizes"]),
         output_sizes=tuple(tuple(size) for size in entry["output_sizes"]),
         created=entry["time_created_ns"],
