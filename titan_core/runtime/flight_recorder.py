@@ -133,8 +133,9 @@ class _Watch:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.failing = True
-        self._over.set()
-        self._undo.close()
+        with self._lock:  # never between the thread's look and its signal, which without a handler would kill
+            self._over.set()
+            self._undo.close()
         if error is None and self.world.is_main:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # empty, as nothing happened
@@ -163,8 +164,10 @@ class _Watch:
         else:
             return
         self._meet("asked", None, _stack_of(self._main))
-        if not self._over.wait(1.0) and signal.getsignal(signal.SIGUSR2) == self._woken:
-            signal.pthread_kill(self._main.ident or 0, signal.SIGUSR2)
+        self._over.wait(1.0)
+        with self._lock:
+            if not self._over.is_set() and signal.getsignal(signal.SIGUSR2) == self._woken:
+                signal.pthread_kill(self._main.ident or 0, signal.SIGUSR2)
 
     def _terminating(self) -> None:
         self._meet("ended", "ended by a C++ exception", _stack_of(self._main))
