@@ -148,6 +148,25 @@ def test_what_has_left_the_buffers_is_not_missed(tmp_path: Path) -> None:
     assert "rank 1 is missing in all_reduce #9" in summary(tmp_path)
 
 
+def test_a_group_that_a_full_buffer_forgot_says_nothing(tmp_path: Path) -> None:
+    """Rank 1 was in the other group long ago; of rank 0 the call is just still there."""
+    folder = Folder(tmp_path, 2)
+    folder.rank(0, enters(group=OTHER, number=3, record_id=7), enters(number=50), enters(number=51))
+    folder.rank(1, enters(number=50, record_id=9), state="asked")
+    report = explain(read_folder(tmp_path))
+    assert "rank 1 is missing in all_reduce #51 of group `default_pg`" in report.summary
+    assert report.others == []
+
+
+def test_long_traces_are_read_from_their_end(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 2)
+    folder.rank(0, enters(group=OTHER), *(enters() for _ in range(3000)))
+    folder.rank(1, enters(group=OTHER), *(enters() for _ in range(2999)), state="asked")
+    ranks = read_folder(tmp_path)
+    assert "rank 1 is missing in all_reduce #3000 of group `default_pg`" in explain(ranks).summary
+    assert [len(trace.calls) for trace in ranks.values()] == [1001, 1001]
+
+
 def test_equal_calls_of_different_lines_are_told(tmp_path: Path) -> None:
     """Rank 1 left out the call in line 11; what follows matches it in kind, and goes wrong only later."""
     folder = Folder(tmp_path, 2)
@@ -222,6 +241,16 @@ def test_both_formats_of_torch_say_the_same() -> None:
         assert [a[name] for name in names] == [b[name] for name in names]
         assert (a["profiling_name"], a["input_sizes"]) == ("gloo:all_reduce", [[2, 3]])
         assert any(frame["name"] == "_dump_both" for frame in a["frames"])
+
+
+def test_a_prefix_may_end_in_a_digit(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, 2)
+    for rank in range(2):
+        folder.rank(rank, enters())
+        for end in ("", ".json"):
+            (tmp_path / f"rank_{rank}{end}").rename(tmp_path / f"run1{rank}{end}")
+    assert sorted(read_folder(tmp_path, "run1")) == [0, 1]
+    assert sorted(read_folder(tmp_path)) == [10, 11]  # without knowing the prefix
 
 
 def test_ranks_in_words() -> None:

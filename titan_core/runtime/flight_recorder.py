@@ -33,6 +33,7 @@ from titan_core.runtime.traces import REPORT, State, frame_text, read_folder
 
 POLL = 0.5  # seconds between two looks for the marker
 PATIENCE = 4.0  # seconds that ranks wait for the others' traces, and then for the report; the launcher gives them 15
+PER_TRACE = 0.1  # seconds that it takes to read one of 20,000 calls
 # How the backends say that a collective failed; all of it arrives as RuntimeError.
 _SIGNS = re.compile(
     r"gloo|nccl|timed out|timeout|connection (closed|reset|refused)|broken pipe|mismatch between collectives",
@@ -184,7 +185,7 @@ class _Watch:
             if self._writes():
                 self._write_report()
             else:
-                self._wait(lambda names: REPORT in names)
+                self._wait(lambda names: REPORT in names, PER_TRACE * self.world.size)
         except Exception as failed:  # the collective that failed is the news
             return CollectiveFailed(f"a collective failed: {error}; no report could be written: {_one_line(failed)}")
         return self._error(error)
@@ -196,8 +197,8 @@ class _Watch:
         except OSError:
             return []
 
-    def _wait(self, ready: Callable[[list[str]], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
+    def _wait(self, ready: Callable[[list[str]], bool], longer: float = 0.0) -> None:
+        deadline = time.monotonic() + PATIENCE + longer
         while not ready(self._names()) and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -213,7 +214,7 @@ class _Watch:
     def _write_report(self) -> None:
         with self._lock:
             if REPORT not in self._names():
-                _write(self.folder / REPORT, explain(read_folder(self.folder)).text.encode())
+                _write(self.folder / REPORT, explain(read_folder(self.folder, self.recorder.prefix)).text.encode())
 
     def _error(self, reason: str | None = None) -> CollectiveFailed:
         path = self.folder / REPORT

@@ -129,7 +129,8 @@ def _part(key: tuple[str, str], members: list[int], ranks: dict[int, RankTrace])
     for rank in members:
         if rank in ranks:
             mine = [call for call in ranks[rank].calls if call.key == key and not call.one_to_one]
-            calls[rank] = {call.number: call for call in reversed(mine)}
+            if mine or not ranks[rank].forgot:  # else nobody knows how far it came
+                calls[rank] = {call.number: call for call in reversed(mine)}
     dead = tuple(rank for rank in members if rank not in ranks)
     start = max((min(own) for own in calls.values() if own), default=0)  # older calls have left some rank's buffer
     last = max((max(own) for own in calls.values() if own), default=-1)

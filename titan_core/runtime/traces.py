@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from titan_core.runtime.errors import RunFailed
 
 REPORT = "report.txt"
 State = Literal["failed", "asked", "left", "ended", "unknown"]
-_OURS = re.compile(r"(?P<prefix>.*?)(?P<rank>\d+)(?P<kind>\.host|\.json)?")
+_KEPT = 1000  # calls of a group that are looked at
 _PLUMBING = ("/torch/", "/typing_extensions.py", "/contextlib.py")  # frames that say nothing about who called
 _DTYPES: dict[str, str] = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Bool": "bool",
@@ -82,7 +83,7 @@ class RankTrace:
 
     `state`: its collective failed; it was asked because another's did; it left with an error of its own; C++ ended it;
     or not known, where only torch's trace is there. `stack` is where its main thread was, innermost first.
-    `groups` maps the name of each group that it was in to the group's ranks.
+    `groups` maps the names of the groups that it was in to their ranks. `forgot`: its oldest calls left the buffer.
     """
 
     rank: int
@@ -92,6 +93,7 @@ class RankTrace:
     stack: list[str] = field(default_factory=list)
     groups: dict[str, list[int]] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    forgot: bool = False
 
     @property
     def inside(self) -> list[Call]:
@@ -108,24 +110,28 @@ class RankTrace:
 
 
 def find_folder(folder: str | Path) -> Path:
-    """Return the folder of traces that is meant: this one, or the one in it whose report is the newest."""
+    """Return the folder of traces that is meant: this one, or the one up to two levels below with the newest report."""
     place = Path(folder)
-    if place.is_dir() and any(_OURS.fullmatch(path.name) for path in place.iterdir() if path.is_file()):
+    if (place / REPORT).is_file():
         return place
-    reports = sorted(place.glob(f"*/{REPORT}"), key=lambda path: path.stat().st_mtime)
-    return reports[-1].parent if reports else place
+    reports = [path for depth in ("*", "*/*") for path in place.glob(f"{depth}/{REPORT}")]
+    return max(reports, key=lambda path: path.stat().st_mtime).parent if reports else place
 
 
-def read_folder(folder: str | Path) -> dict[int, RankTrace]:
-    """Read every rank's files in a folder. Raises `RunFailed` if there are none or one cannot be read."""
+def read_folder(folder: str | Path, prefix: str = "") -> dict[int, RankTrace]:
+    """Read every rank's files in a folder, by default those of any prefix that ends in no digit.
+
+    Raises `RunFailed` if there are none or one cannot be read.
+    """
     place = Path(folder)
+    pattern = re.compile((re.escape(prefix) or r"(|.*\D)") + r"(?P<rank>\d+)(?P<kind>\.host|\.json)?")
     try:
         names = sorted(os.listdir(place))
     except OSError as error:
         raise RunFailed(f"cannot read the traces: {error.strerror}", where=str(place)) from error
     ranks: dict[int, RankTrace] = {}
     for name in names:
-        found = _OURS.fullmatch(name)
+        found = pattern.fullmatch(name)
         if found is None or not (place / name).is_file():
             continue
         trace = ranks.setdefault(int(found["rank"]), RankTrace(int(found["rank"])))
@@ -175,13 +181,23 @@ def _take_notes(trace: RankTrace, path: Path) -> None:
 def _take_trace(trace: RankTrace, path: Path) -> None:
     try:
         found = load_trace(path.read_bytes())
-        trace.calls += [_call(entry) for entry in found.get("entries", [])]
+        entries = found.get("entries", [])
+        trace.forgot = trace.forgot or any(entry.get("record_id", 0) for entry in entries[:1])
+        trace.calls += [_call(entry) for entry in _newest(entries)]
         for group in found.get("pg_config", {}).values():  # gloo leaves names and ranks out
             ranks = json.loads(group["ranks"]) if isinstance(group["ranks"], str) else list(group["ranks"])
             if group["name"] and ranks:
                 trace.groups.setdefault(group["name"], ranks)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error) from error
+
+
+def _newest(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last entries of each group: ranks are never a thousand calls apart, and a buffer may hold 20,000."""
+    kept: dict[Any, deque[dict[str, Any]]] = {}
+    for entry in entries:
+        kept.setdefault((entry["profiling_name"][:4], entry["process_group"][0]), deque(maxlen=_KEPT)).append(entry)
+    return [entry for group in kept.values() for entry in group]
 
 
 def _unreadable(path: Path, error: Exception) -> RunFailed:
