@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from titan_core.nn.cpu_attention import causal_attention
+from titan_core.nn.planning import device_type, planning
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ def document_mask(documents_BS: Tensor, queries_T: Tensor) -> Mask:
     On a GPU it is a flex block mask, which skips whole blocks; elsewhere, where flex attention has no backward, a
     boolean tensor.
     """
+    if planning() and device_type(documents_BS) == "cuda":
+        return CAUSAL  # flex attention keeps what causal attention keeps, but for its small block mask
     if documents_BS.device.type == "cuda":
         return Mask(blocks=_block_mask(documents_BS, queries_T), documents=documents_BS)
     keys_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
@@ -71,8 +75,8 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Ten
         out = _compiled_flex()(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
     elif mask.dense is not None:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, enable_gqa=grouped)
-    elif 1 < q.shape[2] < k.shape[2]:
-        seen = _causal(q.shape[2], k.shape[2], q.device)
+    elif 1 < q.shape[2] < k.shape[2] and not planning():  # a plan counts what flash attention keeps, without a mask
+        seen = _last_rows(q.shape[2], k.shape[2], q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
     else:
         causal = q.shape[2] > 1  # a single query, the newest, sees every key
@@ -84,11 +88,13 @@ def _trains_on_cpu(q_BTHC: Tensor, k_BSKC: Tensor, mask: Mask) -> bool:
     """Is this plain causal attention with a backward to come, on a CPU, and not being compiled?"""
     plain = mask.dense is None and mask.blocks is None and q_BTHC.shape[1] == k_BSKC.shape[1]
     eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return plain and eager and q_BTHC.device.type == "cpu"
+    return plain and eager and device_type(q_BTHC) == "cpu"
 
 
-def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return which of the keys each of the last `queries` positions sees, (T, S)."""
+def _last_rows(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return which of the keys each of the last `queries` positions sees: (T, S), or on a GPU a name for it."""
+    if device.type == "cuda":
+        return causal_lower_right(queries, keys)  # flash attention knows this mask without seeing it
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titan_core.nn.planning import device_type, planning
+
 IGNORE = -100
 _CHUNK = 1 << 25  # logits of one matmul: 64 MiB in bf16, and enough rows for the matmul to run at full speed
 _BLOCK = 1 << 20  # logits that the softmax works on at once on a CPU: 4 MiB in fp32, which stays in the cache
@@ -40,7 +42,7 @@ def linear_cross_entropy(
     """
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         if inner is None:
-            inner = _blockwise if hidden_ND.device.type == "cpu" else loss_and_slope
+            inner = _blockwise if device_type(hidden_ND) == "cpu" else loss_and_slope
         return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, inner, backward_twice)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     weight = weight_VD.to(hidden_ND.dtype)
@@ -105,7 +107,7 @@ def _blockwise(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
         total -= log_probs.gather(-1, target).mul_(valid).sum()
         slope = log_probs.exp_()
         slope.scatter_add_(-1, target, torch.full_like(target, -1.0, dtype=torch.float32))
-        if not valid.all():
+        if planning() or not valid.all():
             slope.mul_(valid)
         logits_NV[rows] = slope
     return total, logits_NV

@@ -42,10 +42,10 @@ class Parallel(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A model, or the piece of it that is one pipeline stage, before it is laid out: the bare module and its task."""
+    """A model, or the piece of it that is one pipeline stage: the bare module and its task."""
 
     model: nn.Module
-    task: nn.Module
+    task: Any
     cut: Cut | None = None
 
 

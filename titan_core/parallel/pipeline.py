@@ -190,3 +190,22 @@ def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any
     if issubclass(cls, PipelineScheduleSingle):
         return cls(pipeline.pipes[0], microbatches, **options)
     return cls(pipeline.pipes, microbatches, **options)
+
+
+def most_in_flight(pipeline: Pipeline, rank: int, microbatches: int, kept: dict[int, int]) -> int:
+    """Return the most bytes that wait for their backward on a pipeline rank, given those of a microbatch by stage."""
+    orders = getattr(pipeline.schedule, "pipeline_order", None)
+    if not orders:  # a schedule of one stage a rank
+        (size,) = kept.values()
+        early = pipeline.schedule.__class__.__name__ == "Schedule1F1B"
+        return size * (min(microbatches, pipeline.group.size() - rank) if early else microbatches)
+    waiting = most = 0
+    for action in orders[rank]:
+        for part in getattr(action, "sub_actions", None) or [action]:
+            if part is None:
+                continue
+            kind = part.computation_type.name
+            change = (kind == "FORWARD") - (kind in ("FULL_BACKWARD", "BACKWARD_WEIGHT"))
+            waiting += kept[part.stage_index] * change
+            most = max(most, waiting)
+    return most

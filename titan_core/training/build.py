@@ -121,13 +121,20 @@ class Built:
     said: list[str]
 
 
-def build_model(
-    config: Config, world: World, mesh: Mesh, family: Family, sizes: Any, seed: int, global_batch: int
-) -> Built:
-    """Build a model on the meta device, lay it out, and draw its weights."""
+@dataclass(frozen=True)
+class LaidOut:
+    """What this rank holds of a model, on the meta device: its parts and, in the same order, how they are run."""
+
+    parts: list[Part]
+    stages: list[DataParallel]
+    said: list[str]
+
+
+def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any) -> LaidOut:
+    """Build a model on the meta device and lay it out over a mesh."""
     inner, said = _inner_loss(config, mesh, sizes)
+    parts: list[Part] = []
     laid: list[DataParallel] = []
-    parts = []
     for model, cut in parts_of(family, sizes, mesh, config):
         task = CausalLM(model, document_masks=_document_masks(sizes), inner_loss=inner)
         task.backward_twice = cut is not None and config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
@@ -135,32 +142,40 @@ def build_model(
         stage, words = parallelize(parts[-1], family, mesh, config)
         laid.append(stage)
         said = words + said if len(parts) == 1 else said
-        host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
-        materialise(model, family.parameters(sizes), seed, host)
+    return LaidOut(parts, laid, said)
+
+
+def build_model(
+    config: Config, world: World, mesh: Mesh, family: Family, sizes: Any, seed: int, global_batch: int
+) -> Built:
+    """Build a model on the meta device, lay it out, and draw its weights."""
+    laid = lay_out(config, mesh, family, sizes)
+    host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
+    for part, stage in zip(laid.parts, laid.stages, strict=True):
+        materialise(part.model, family.parameters(sizes), seed, host)
         data_parallel.replicate(stage, mesh, world.device)
-    models: list[nn.Module] = [part.model for part in parts]
+    models = [part.model for part in laid.parts]
+    task = laid.parts[-1].task
     if mesh.layout.pp == 1:
-        return Built(models, parts[0].task, laid[0], said)
-    return Built(models, parts[-1].task, _join(config, world, mesh, sizes, parts, laid, global_batch), said)
+        return Built(models, task, laid.stages[0], laid.said)
+    return Built(models, task, join(config, world.device, mesh, sizes, laid, global_batch), laid.said)
 
 
-def _join(
-    config: Config, world: World, mesh: Mesh, sizes: Any, parts: list[Part], laid: list[DataParallel], rows: int
-) -> Pipeline:
+def join(config: Config, device: torch.device, mesh: Mesh, sizes: Any, laid: LaidOut, rows: int) -> Pipeline:
     """Make a pipeline of stages; what flows between them is this rank's part of the residual stream."""
     layout, parallel = mesh.layout, config.parallelism
     split = layout.tp if parallel.enable_sequence_parallel else 1
     stream = pipeline.Stream(split, sizes.dim, DTYPES[config.training.mixed_precision_param])
     micro = parallel.pipeline_parallel_microbatch_size
     return pipeline.build(
-        laid,
-        [part.cut for part in parts if part.cut is not None],
+        laid.stages,
+        [part.cut for part in laid.parts if part.cut is not None],
         mesh,
         parallel,
         microbatches=rows // (micro * layout.dp),
         tokens=config.training.seq_len // layout.cp,
         stream=stream,
-        device=world.device,
+        device=device,
     )
 
 

@@ -1,0 +1,34 @@
+"""Which device a computation is for: its own, or that of a plan made with tensors that hold no data.
+
+Plans are made with fake CPU tensors wherever they are made; what they plan for may be a GPU, whose code paths differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_PLANNED: ContextVar[str | None] = ContextVar("planned", default=None)
+
+
+@contextmanager
+def plan_for(device_type: str) -> Iterator[None]:
+    """Compute with fake tensors as that type of device would."""
+    token = _PLANNED.set(device_type)
+    try:
+        yield
+    finally:
+        _PLANNED.reset(token)
+
+
+def planning() -> bool:
+    """Is this a plan, whose tensors hold no data?"""
+    return _PLANNED.get() is not None
+
+
+def device_type(x: Tensor) -> str:
+    """Return the type of the device that a tensor is on, or is planned for."""
+    return _PLANNED.get() or x.device.type
