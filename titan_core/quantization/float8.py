@@ -1,0 +1,74 @@
+"""Float8 training arithmetic (Micikevicius et al. 2022) by torchao: matmuls on operands scaled into 8 bits.
+
+Each of a layer's three matmuls (output, gradient of the input, gradient of the weight) scales its operands so that the
+largest magnitude becomes the largest float8 number, rounds them, multiplies, and divides by the scales. `tensorwise`
+has one scale a tensor, e4m3 for inputs and weights and e5m2 for gradients. `rowwise` has one scale a row of the left
+operand and a column of the right one, e4m3 throughout, scales rounded down to powers of two. `rowwise_with_gw_hp` keeps
+the gradient of the weight in high precision, and scales the weight as one tensor for the gradient of the input.
+
+A scale over tokens (tensorwise; rowwise in the gradient of the weight) is that of one microbatch on one rank: those two
+recipes round a little differently in another layout. `rowwise_with_gw_hp` does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchao.float8 import Float8LinearConfig, LinearMMConfig, ScaledMMConfig
+from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+
+from titan_core.nn.layers import Linear
+from titan_core.quantization.choose import Recipe
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """torchao's description of a recipe; one for all layers."""
+
+    recipe: Recipe
+    casts: Float8LinearConfig
+    matmuls: LinearMMConfig
+
+    @staticmethod
+    def of(recipe: Recipe, *, emulate: bool) -> Arithmetic:
+        """Describe a recipe. Emulated, operands are rounded to float8 all the same, and multiplied in fp32."""
+        casts = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+        gemms = (casts.gemm_config_output, casts.gemm_config_grad_input, casts.gemm_config_grad_weight)
+        return Arithmetic(
+            recipe, casts, LinearMMConfig(*(ScaledMMConfig(emulate, gemm.use_fast_accum) for gemm in gemms))
+        )
+
+
+class Float8Linear(Linear):
+    """A `Linear` whose matmuls take float8 operands; its weight is the one of the layer that it replaces."""
+
+    def __init__(self, layer: Linear, arithmetic: Arithmetic) -> None:
+        rows, columns = layer.weight.shape
+        with torch.device("meta"):
+            super().__init__(columns, rows)
+        self.weight = layer.weight
+        self.compute_dtype = layer.compute_dtype
+        self.arithmetic = arithmetic
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Map (..., in) to (..., out), in the dtype in which a `Linear` would compute."""
+        dtype = self.compute_dtype or self.weight.dtype
+        return matmul_with_hp_or_float8_args.apply(
+            x_ND.to(dtype), self.weight.to(dtype).t(), self.arithmetic.matmuls, self.arithmetic.casts
+        )
+
+    def extra_repr(self) -> str:
+        """Show the sizes and the recipe."""
+        return f"{super().extra_repr()}, float8 {self.arithmetic.recipe}"
+
+
+def prepare_compiler(recipe: Recipe) -> None:
+    """Make inductor generate correct float8 casts; for the whole process, as these are the compiler's own settings."""
+    import torch._inductor.config
+    from torchao.float8._inductor_patch import _patch_inductor_min_max_codegen
+
+    _patch_inductor_min_max_codegen()  # wrong stores of float8: triton-lang/triton#11111; goes when torchao drops it
+    if recipe == "rowwise":  # fused scales round differently from eager ones: pytorch/pytorch#150859
+        torch._inductor.config.emulate_precision_casts = True
