@@ -33,7 +33,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "memory_estimation.enable": (False,),
     "fault_tolerance.enable": (False,),
     "fault_tolerance.semi_sync_method": (None,),
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": (False,),
     "quantize.grouped_mm.float8.fqns": ([],),
     "quantize.grouped_mm.mx.fqns": ([],),
     "training.debug_moe_force_load_balance": (False,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,20 +17,42 @@ from titan_core.nn.layers import Linear
 from titan_core.quantization.choose import Choice, Rules, choose
 from titan_core.runtime.errors import ConfigError, MachineError, Problem, missing_extra
 
+_Made = TypeVar("_Made", bound=Linear)
 
-def convert(model: nn.Module, declared: Sequence[Parameter], config: Config, device: torch.device) -> list[str]:
+
+def convert(
+    model: nn.Module, declared: Sequence[Parameter], config: Config, device: torch.device, shards: int
+) -> list[str]:
     """Quantize a model on the meta device as `model.converters` says, and return a few words for each thing done.
 
     Parameters keep their names, shapes and dtypes: checkpoints, initial weights, sharding and optimizers see no
-    difference. Raises `MachineError` if torchao is missing or the device cannot, `ConfigError` if no layer is left.
+    difference. `shards` is the number of ranks that FSDP will shard a weight over. Raises `MachineError` if torchao is
+    missing or the device cannot, `ConfigError` if no layer is left.
     """
     said: list[str] = []
     for name in config.model.converters:
-        said += (_float8 if name == FLOAT8 else _mx)(model, declared, config, device)
+        if name == FLOAT8:
+            said += _float8(model, declared, config, device, shards)
+        else:
+            said += _mx(model, declared, config, device)
     return said
 
 
-def _float8(model: nn.Module, declared: Sequence[Parameter], config: Config, device: torch.device) -> list[str]:
+def precompute_scales(task: nn.Module, config: Config) -> None:
+    """Compute the scales of weights that are gathered in float8 in one reduction, where the config asks for it.
+
+    Called once a task has been laid out.
+    """
+    options = config.quantize.linear.float8
+    if FLOAT8 in config.model.converters and options.precompute_float8_dynamic_scale_for_fsdp:
+        from titan_core.quantization import float8  # torchao: 2 s
+
+        float8.precompute_scales(task)
+
+
+def _float8(
+    model: nn.Module, declared: Sequence[Parameter], config: Config, device: torch.device, shards: int
+) -> list[str]:
     options = config.quantize.linear.float8
     recipe = options.recipe_name or "tensorwise"
     if not options.emulate:
@@ -38,10 +61,15 @@ def _float8(model: nn.Module, declared: Sequence[Parameter], config: Config, dev
         from titan_core.quantization import float8
     choice = choose(model, declared, Rules.of(options.filter_fqns, MULTIPLE[FLOAT8], recipe))
     arithmetic = float8.Arithmetic.of(recipe, emulate=options.emulate)
-    _swap(model, choice, lambda layer: float8.Float8Linear(layer, arithmetic), FLOAT8)
+    layers = _swap(model, choice, lambda layer: float8.Float8Linear(layer, arithmetic), FLOAT8)
     if config.compile.enable:
         float8.prepare_compiler(recipe)
-    return _said(f"float8 {recipe}" + ", emulated," * options.emulate, choice)
+    said = _said(f"float8 {recipe}" + ", emulated," * options.emulate, choice)
+    if options.enable_fsdp_float8_all_gather and shards > 1:
+        said.append(f"{float8.gather_in_float8(layers, shards)} of them gathered in float8")
+    elif options.enable_fsdp_float8_all_gather:
+        said.append("nothing to gather in float8: weights are not sharded")
+    return said
 
 
 def _mx(model: nn.Module, declared: Sequence[Parameter], config: Config, device: torch.device) -> list[str]:
@@ -70,13 +98,15 @@ def _require(device: torch.device, capability: tuple[int, int], what: str, tip: 
         )
 
 
-def _swap(model: nn.Module, choice: Choice, made: Callable[[Linear], Linear], key: str) -> None:
+def _swap(model: nn.Module, choice: Choice, made: Callable[[Linear], _Made], key: str) -> list[_Made]:
     if not choice.chosen:
         message = f"no linear layer is left for {key}: {choice.sentence()}"
         tip = f"a larger model, other {key}.filter_fqns, or no such converter"
         raise ConfigError([Problem("model.converters", message, where="model.converters", tip=tip)])
-    for name, layer in choice.chosen.items():
-        model.set_submodule(name, made(layer))
+    layers = {name: made(layer) for name, layer in choice.chosen.items()}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return list(layers.values())
 
 
 def _said(what: str, choice: Choice) -> list[str]:

@@ -12,12 +12,20 @@ recipes round a little differently in another layout. `rowwise_with_gw_hp` does 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchao.float8 import Float8LinearConfig, LinearMMConfig, ScaledMMConfig
+from torchao.float8.config import e4m3_dtype
 from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+from torchao.float8.float8_utils import amax_to_scale
+from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
 from titan_core.nn.layers import Linear
 from titan_core.quantization.choose import Recipe
@@ -62,6 +70,55 @@ class Float8Linear(Linear):
     def extra_repr(self) -> str:
         """Show the sizes and the recipe."""
         return f"{super().extra_repr()}, float8 {self.arithmetic.recipe}"
+
+    def gather_in_float8(self) -> None:
+        """Make FSDP gather the weight in float8, a quarter or half of the bytes, with one scale for all ranks.
+
+        The parameter becomes torchao's subclass, which FSDP asks what to send; the numbers stay those of the master
+        weight, in a tensor inside of it.
+        """
+        weight = WeightWithDynamicFloat8CastTensor(self.weight.detach(), self.arithmetic.matmuls, e4m3_dtype)
+        self.weight = nn.Parameter(weight)
+
+
+def gather_in_float8(layers: Sequence[Float8Linear], shards: int) -> int:
+    """Gather those weights in float8 that divide evenly over the shards, and return how many do.
+
+    FSDP pads the others, which torchao's subclass does not (0.18): they are gathered as they would be without it.
+    """
+    even = [layer for layer in layers if layer.weight.shape[0] % shards == 0]
+    for layer in even:
+        layer.gather_in_float8()
+    return len(even)
+
+
+def precompute_scales(task: nn.Module) -> None:
+    """Reduce the largest magnitudes of all weights that are gathered in float8 at once, before every forward.
+
+    Without it FSDP waits for one reduction a weight and gather. Registered after sharding, so that it runs before
+    FSDP's own hook; at every forward, so that weights that were loaded or updated never meet an old scale.
+    """
+    layers = [module for module in task.modules() if isinstance(module, Float8Linear) and _master(module) is not None]
+    if not layers:
+        return
+    mesh = layers[0].weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    group = mesh.get_group(mesh.ndim - 1)  # of (replicate, shard) the second
+
+    @torch.no_grad()
+    def compute(*_: Any) -> None:
+        masters = [_master(layer) for layer in layers]
+        largest = torch.stack(torch._foreach_norm([master._tensor for master in masters], math.inf))
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        for master, scale in zip(masters, amax_to_scale(largest, e4m3_dtype), strict=True):
+            master._precomputed_scale = scale
+
+    task.register_forward_pre_hook(compute, prepend=True)
+
+
+def _master(layer: Float8Linear) -> Any:
+    """Return this rank's shard of a weight that is gathered in float8, or None."""
+    local = layer.weight.to_local() if isinstance(layer.weight, DTensor) else None
+    return local if isinstance(local, WeightWithDynamicFloat8CastTensor) else None
 
 
 def prepare_compiler(recipe: Recipe) -> None:

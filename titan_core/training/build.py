@@ -21,7 +21,7 @@ from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.materialise import materialise
 from titan_core.parallel.mesh import Layout, Mesh
 from titan_core.parallel.parallelize import parallelize
-from titan_core.quantization import convert
+from titan_core.quantization import convert, precompute_scales
 from titan_core.runtime import determinism
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
@@ -96,12 +96,13 @@ def build_model(
     """Build a model on the meta device, lay it out, and draw its weights."""
     with torch.device("meta"):
         model = family.build(sizes).to(DTYPES[config.training.dtype])
-    quantized = convert(model, family.parameters(sizes), config, world.device)
+    quantized = convert(model, family.parameters(sizes), config, world.device, mesh.layout.dp_shard)
     document_masks = getattr(sizes, "attention_mask", "causal") == "block_causal"
     compiled = config.compile.enable and "loss" in config.compile.components
     inner = torch.compile(loss_and_slope, backend=config.compile.backend) if compiled else None
     task = CausalLM(model, document_masks=document_masks, inner_loss=inner)
     parallel, said = parallelize(task, family.blocks, mesh, config)
+    precompute_scales(task, config)
     said = [*quantized, *said, *["compile the loss"] * compiled]
     host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
     materialise(model, family.parameters(sizes), seed, host)
