@@ -38,6 +38,36 @@ RULES = {
     "part": (
         ["checkpoint.exclude_from_loading=optimzer"], "--checkpoint.exclude_from_loading", "`optimzer`", "`optimizer`",
     ),
+    "converter": (["model.converters=quantize.linear.float"], "--model.converters", "no converter", "linear.float8`?"),
+    "converter of another sort": (["model.converters=lora"], "--model.converters", "`lora`", "known: quantize.linear"),
+    "converter of experts": (
+        ["model.converters=quantize.grouped_mm.mx"], "--model.converters", "not supported", "leave it out",
+    ),
+    "two converters": (
+        ["model.converters=quantize.linear.mx,quantize.linear.float8"], "--model.converters", "once", "leave one",
+    ),
+    "tokens for float8": (
+        ["model.converters=quantize.linear.float8", "training.local_batch_size=3", "training.seq_len=40"],
+        "--training.seq_len", "= 120 tokens, and quantize.linear.float8 needs a multiple of 16", "16",
+    ),
+    "tokens for MX": (
+        ["model.converters=quantize.linear.mx", "training.local_batch_size=3", "training.seq_len=16"],
+        "--training.seq_len", "= 48 tokens, and quantize.linear.mx needs a multiple of 32", "32",
+    ),
+    "gather of rows": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.recipe_name=rowwise",
+         "quantize.linear.float8.enable_fsdp_float8_all_gather"],
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "rowwise has one a row", "tensorwise",
+    ),
+    "no thresholds": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.recipe_name=rowwise_with_gw_hp",
+         "quantize.linear.float8.filter_fqns=auto_filter_small_kn"],
+        "--quantize.linear.float8.filter_fqns", "nobody has measured", "rowwise",
+    ),
+    "no thresholds for MX": (
+        ["model.converters=quantize.linear.mx", "quantize.linear.mx.filter_fqns=auto_filter_small_kn"],
+        "--quantize.linear.mx.filter_fqns", "nobody has measured", "name layers",
+    ),
 }  # fmt: skip
 
 
