@@ -36,23 +36,24 @@ class Rules:
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers by name, in the model's order: those to convert, and (name, reason) of those left as they are."""
+    """Layers by name, in the model's order: those to convert, and (name, reason) of those left as they are.
+
+    `unused` are the filters that match no parameter.
+    """
 
     chosen: dict[str, Linear]
     left: list[tuple[str, str]]
     unused: list[str]
 
-    def sentence(self) -> str:
-        """Say which layers stay in high precision and why, alike layers as one pattern; empty if all are converted."""
+    def reasons(self) -> str:
+        """Say which layers stay in high precision and why, alike layers as one pattern."""
         reasons: dict[str, dict[str, int]] = {}
         for name, reason in self.left:
             patterns = reasons.setdefault(reason, {})
             pattern = ".".join("*" if part.isdigit() else part for part in name.split("."))
             patterns[pattern] = patterns.get(pattern, 0) + 1
-        said = [
-            f"{sum(patterns.values())} {reason} ({', '.join(patterns)})" for reason, patterns in sorted(reasons.items())
-        ]
-        return "left out: " + ", ".join(said) if said else ""
+        said = [f"{sum(patterns.values())} {why}: {', '.join(patterns)}" for why, patterns in sorted(reasons.items())]
+        return "; ".join(said)
 
 
 def choose(model: nn.Module, declared: Sequence[Parameter], rules: Rules) -> Choice:

@@ -100,7 +100,7 @@ def _require(device: torch.device, capability: tuple[int, int], what: str, tip: 
 
 def _swap(model: nn.Module, choice: Choice, made: Callable[[Linear], _Made], key: str) -> list[_Made]:
     if not choice.chosen:
-        message = f"no linear layer is left for {key}: {choice.sentence()}"
+        message = f"{key} has no linear layer to convert; left out: {choice.reasons()}"
         tip = f"a larger model, other {key}.filter_fqns, or no such converter"
         raise ConfigError([Problem("model.converters", message, where="model.converters", tip=tip)])
     layers = {name: made(layer) for name, layer in choice.chosen.items()}
@@ -110,12 +110,11 @@ def _swap(model: nn.Module, choice: Choice, made: Callable[[Linear], _Made], key
 
 
 def _said(what: str, choice: Choice) -> list[str]:
-    said = [f"{what} in {len(choice.chosen)} of {len(choice.chosen) + len(choice.left)} linear layers"]
+    said = f"{what} in {len(choice.chosen)} of {len(choice.chosen) + len(choice.left)} linear layers"
     if choice.left:
-        said.append(choice.sentence())
-    if choice.unused:
-        said.append(f"filter_fqns that match nothing: {', '.join(choice.unused)}")
-    return said
+        said += f" (left out: {choice.reasons()})"
+    unused = [f"`{pattern}` of filter_fqns matches nothing" for pattern in choice.unused]
+    return [said, *unused]
 
 
 @contextmanager
