@@ -45,6 +45,15 @@ def test_the_loss_stays_near_that_of_high_precision_and_is_another(recipe: str) 
     assert found[-1] < found[0] - 0.4
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "mxfp8_emulated"])
+def test_the_loss_stays_near_that_of_bf16_and_is_another(recipe: str, tmp_path: Path) -> None:
+    bf16 = {"training__mixed_precision_param": "bfloat16"}
+    found = losses(tiny(tmp_path / "low", **options(recipe), **bf16))
+    wanted = losses(tiny(tmp_path / "bf16", **SIZES, **bf16))
+    assert found == pytest.approx(wanted, rel=2e-3)
+    assert all(one != other for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_ranks_equal_one_process_with_the_same_microbatches(recipe: str, tmp_path: Path) -> None:
     assert losses(tiny(tmp_path, **options(recipe)), 2) == pytest.approx(one_process(recipe), rel=1e-6)
