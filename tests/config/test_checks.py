@@ -59,6 +59,25 @@ RULES = {
          "quantize.linear.float8.enable_fsdp_float8_all_gather"],
         "--quantize.linear.float8.enable_fsdp_float8_all_gather", "rowwise has one a row", "tensorwise",
     ),
+    "gather beside tensor parallelism": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.enable_fsdp_float8_all_gather",
+         "parallelism.tensor_parallel_degree=2"],
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "`parallelism.tensor_parallel_degree` is 2", "leave",
+    ),
+    "gather by views": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.enable_fsdp_float8_all_gather",
+         "parallelism.data_parallel_backend=simple"],
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "`parallelism.data_parallel_backend` is sim", "leave",
+    ),
+    "tokens of a piece of the sequence": (
+        ["model.converters=quantize.linear.mx", "training.local_batch_size=1", "training.seq_len=96",
+         "parallelism.context_parallel_degree=2"],
+        "--training.seq_len", "/ parallelism.context_parallel_degree 2 = 48 tokens", "a multiple of 64",
+    ),
+    "tokens of a microbatch": (
+        ["model.converters=quantize.linear.mx", "training.seq_len=48", "parallelism.pipeline_parallel_degree=2"],
+        "--training.seq_len", "parallelism.pipeline_parallel_microbatch_size 1 x training.seq_len 48 = 48", "32",
+    ),
     "no thresholds": (
         ["model.converters=quantize.linear.float8", "quantize.linear.float8.recipe_name=rowwise_with_gw_hp",
          "quantize.linear.float8.filter_fqns=auto_filter_small_kn"],
@@ -85,7 +104,7 @@ def test_a_rule_that_is_broken_is_named_with_its_flag(name: str) -> None:
 
 
 def test_what_is_not_supported_yet_is_one_problem_with_every_place() -> None:
-    words = ["parallelism.tensor_parallel_degree=2", "quantize.grouped_mm.mx.fqns=experts", "fault_tolerance.enable"]
+    words = ["parallelism.expert_parallel_degree=2", "quantize.grouped_mm.mx.fqns=experts", "fault_tolerance.enable"]
     (found,) = check(load(None, flags(words)))
     for word in words:
         assert f"(--{word.partition('=')[0]})" in found.message
@@ -101,10 +120,12 @@ def test_the_table_of_unsupported_keys_accepts_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("world", "words", "said", "advised"),
     [
-        (5, ["parallelism.data_parallel_replicate_degree=2"], "5 ranks cannot be", "replicate 1 x shard 5"),
-        (8, ["parallelism.data_parallel_shard_degree=3"], "8 ranks cannot be", "replicate 1 x shard 8"),
-        (8, ["parallelism.data_parallel_shard_degree=0"], "8 ranks cannot be", "replicate"),
-        (4, ["parallelism.data_parallel_shard_degree=2"], "4 ranks cannot be", "replicate"),
+        (5, ["parallelism.data_parallel_replicate_degree=2"], "5 ranks do not divide", "`fsdp 5` or `replicate 5`"),
+        (5, ["parallelism.tensor_parallel_degree=2"], "5 ranks do not divide", "`fsdp 5` or `tensor 5`"),
+        (8, ["parallelism.pipeline_parallel_degree=3"], "8 ranks do not divide", "`pipeline 2 x fsdp 4`"),
+        (8, ["parallelism.data_parallel_shard_degree=3"], "8 ranks do not divide", "`fsdp 8`"),
+        (8, ["parallelism.data_parallel_shard_degree=0"], "8 ranks do not divide", "`fsdp 8`"),
+        (4, ["parallelism.data_parallel_shard_degree=2"], "4 ranks do not divide", "`fsdp 4`"),
         (3, ["training.global_batch_size=32"], "does not divide into", "24 or 48"),
         (8, ["training.global_batch_size=32"], "does not divide into", "64"),
     ],

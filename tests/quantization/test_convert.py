@@ -23,9 +23,10 @@ from titan_core.runtime.errors import ConfigError, MachineError
 from titan_core.training.build import build_model
 
 CPU = torch.device("cpu")
+ALONE = Layout()
 
 
-def converted(converter: str = FLOAT8, *, emulate: bool = True, shards: int = 1, device=CPU, **changes):
+def converted(converter: str = FLOAT8, *, emulate: bool = True, layout: Layout = ALONE, device=CPU, **changes):
     """Return the tiny model of a config on the meta device, converted, and what was said."""
     if converter == FLOAT8:
         changes = {f"{FLOAT8}.emulate": emulate, **changes}
@@ -35,7 +36,7 @@ def converted(converter: str = FLOAT8, *, emulate: bool = True, shards: int = 1,
     family, sizes = resolve(config.model)
     with torch.device("meta"):
         model = family.build(sizes)
-    return model, convert(model, family.parameters(sizes), config, device, shards)
+    return model, convert(model, family, sizes, config, layout, device)
 
 
 def names_of(model: nn.Module, kind: type) -> list[str]:
@@ -101,10 +102,22 @@ def test_a_converter_that_would_convert_nothing_is_an_error() -> None:
         converted(**{f"{FLOAT8}.filter_fqns": "auto_filter_small_kn"})
 
 
+def test_what_counts_is_the_part_of_a_rank() -> None:
+    """Of sides that are multiples of 16, tensor parallelism leaves those whose half is one too."""
+    _, said = converted(layout=Layout(tp=2))
+    left = "4 of 8 x 32, no multiples of 16: layers.*.attention.wk, layers.*.attention.wv"
+    assert left in said[0]
+    assert "4 of 24 x 32, no multiples of 16: layers.*.feed_forward.w1, layers.*.feed_forward.w3" in said[0]
+    assert "2 of 32 x 24, no multiples of 16: layers.*.feed_forward.w2" in said[0]
+    assert "in 4 of 15 linear layers" in said[0]
+
+
 def test_weights_that_shards_do_not_divide_are_gathered_as_before() -> None:
     gather = {f"{FLOAT8}.enable_fsdp_float8_all_gather": True}
-    assert converted(shards=2, **gather)[1][-1] == "14 of them gathered in float8"
-    assert converted(shards=32, **gather)[1][-1] == "6 of them gathered in float8"  # of 32 rows; 16 and 48 do not
+    assert converted(layout=Layout(dp_shard=2), **gather)[1][-1] == "14 of them gathered in float8"
+    assert (
+        converted(layout=Layout(dp_shard=16, cp=2), **gather)[1][-1] == "6 of them gathered in float8"
+    )  # of 32 rows; 16 and 48 do not
     assert converted(**gather)[1][-1] == "nothing to gather in float8: weights are not sharded"
 
 
@@ -113,8 +126,8 @@ def test_parameters_are_the_same_with_and_without() -> None:
     for changes in ({}, {"model.converters": FLOAT8, f"{FLOAT8}.emulate": True}):
         config = tiny("unused", **changes).config
         family, sizes = resolve(config.model)
-        model, *_ = build_model(config, World(0, 1, 0, CPU), Mesh(Layout(), "cpu"), family, sizes, seed=3)
-        found.append(dict(model.named_parameters()))
+        built = build_model(config, World(0, 1, 0, CPU), Mesh(Layout(), "cpu"), family, sizes, 3, global_batch=8)
+        found.append(dict(built.models[0].named_parameters()))
     assert list(found[0]) == list(found[1])
     for one, other in zip(found[0].values(), found[1].values(), strict=True):
         assert one.dtype == other.dtype == torch.float32

@@ -52,15 +52,20 @@ def remarks(config: Config) -> list[str]:
 
 
 def _tokens(config: Config, name: str) -> Iterator[Problem]:
-    """The weight's gradient is a matmul over tokens, so their number must fit too."""
-    training, multiple = config.training, MULTIPLE[name]
-    tokens = training.local_batch_size * training.seq_len
+    """The weight's gradient is a matmul over the tokens that a rank sees at once, so their number must fit too."""
+    training, parallel, multiple = config.training, config.parallelism, MULTIPLE[name]
+    rows, key = training.local_batch_size, "training.local_batch_size"
+    if parallel.pipeline_parallel_degree > 1:
+        rows, key = parallel.pipeline_parallel_microbatch_size, "parallelism.pipeline_parallel_microbatch_size"
+    pieces = parallel.context_parallel_degree
+    tokens = rows * training.seq_len // pieces
     if tokens % multiple:
+        over = f" / parallelism.context_parallel_degree {pieces}" if pieces > 1 else ""
         message = (
-            f"training.local_batch_size {training.local_batch_size} x training.seq_len {training.seq_len} = {tokens} "
-            f"tokens, and {name} needs a multiple of {multiple}"
+            f"{key} {rows} x training.seq_len {training.seq_len}{over} = {tokens} tokens, and {name} needs a multiple "
+            f"of {multiple}"
         )
-        yield Problem("training.seq_len", message, tip=f"a multiple of {multiple}")
+        yield Problem("training.seq_len", message, tip=f"a multiple of {multiple * pieces}")
 
 
 def _float8(config: Config) -> Iterator[Problem]:
@@ -72,6 +77,17 @@ def _float8(config: Config) -> Iterator[Problem]:
     if options.enable_fsdp_float8_all_gather and recipe != "tensorwise":
         message = f"`{FLOAT8}.enable_fsdp_float8_all_gather` gathers one scale a weight, and {recipe} has one a row"
         yield Problem(f"{FLOAT8}.enable_fsdp_float8_all_gather", message, tip="use tensorwise, or gather in bf16")
+    parallel = config.parallelism
+    others = {
+        "tensor_parallel_degree": parallel.tensor_parallel_degree > 1,
+        "data_parallel_backend": parallel.data_parallel_backend != "fsdp2",
+    }
+    for key in (key for key, other in others.items() if other and options.enable_fsdp_float8_all_gather):
+        message = (
+            f"`{FLOAT8}.enable_fsdp_float8_all_gather` is for weights that FSDP2 alone splits, and "
+            f"`parallelism.{key}` is {getattr(parallel, key)}"
+        )
+        yield Problem(f"{FLOAT8}.enable_fsdp_float8_all_gather", message, tip="leave one of the two out")
 
 
 def _mx(config: Config) -> Iterator[Problem]:

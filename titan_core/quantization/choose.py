@@ -10,6 +10,7 @@ from torch import nn
 
 from titan_core.config.quantize import AUTO_FILTER
 from titan_core.declare.parameters import Parameter
+from titan_core.declare.sharding import Sharding
 from titan_core.nn.layers import Linear
 
 Recipe = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -56,13 +57,19 @@ class Choice:
         return "; ".join(said)
 
 
-def choose(model: nn.Module, declared: Sequence[Parameter], rules: Rules) -> Choice:
-    """Look at every linear layer of a model; the declared role of its weight says what it is for."""
+def choose(model: nn.Module, declared: Sequence[Parameter], rules: Rules, sharding: Sharding, tp: int) -> Choice:
+    """Look at every linear layer of a model; the declared role of its weight says what it is for.
+
+    What counts is the matmul of one rank: its part of a weight that tensor parallelism splits over `tp` ranks.
+    """
     roles = {parameter.name: parameter.role for parameter in declared}
     chosen: dict[str, Linear] = {}
     left: list[tuple[str, str]] = []
     for name, layer in _linears(model):
-        reason = _reason(name, layer, roles[f"{name}.weight"], rules)
+        rows, columns = layer.weight.shape
+        dim = sharding.split_dim(name)
+        mine = (rows // tp if dim == 0 else rows, columns // tp if dim == 1 else columns)
+        reason = _reason(name, mine, roles[f"{name}.weight"], rules)
         if reason is None:
             chosen[name] = layer
         else:
@@ -77,9 +84,9 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
             yield name, module
 
 
-def _reason(name: str, layer: Linear, role: str, rules: Rules) -> str | None:
+def _reason(name: str, shape: tuple[int, int], role: str, rules: Rules) -> str | None:
     """Say why a layer stays in high precision, or None."""
-    rows, columns = layer.weight.shape
+    rows, columns = shape
     if role != "hidden":  # heads and routers decide by small differences; the loss also uses a head's weight directly
         return f"of role `{role}`"
     if any(pattern in name for pattern in rules.filters):

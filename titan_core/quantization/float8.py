@@ -6,8 +6,9 @@ has one scale a tensor, e4m3 for inputs and weights and e5m2 for gradients. `row
 operand and a column of the right one, e4m3 throughout, scales rounded down to powers of two. `rowwise_with_gw_hp` keeps
 the gradient of the weight in high precision, and scales the weight as one tensor for the gradient of the input.
 
-A scale over tokens (tensorwise; rowwise in the gradient of the weight) is that of one microbatch on one rank: those two
-recipes round a little differently in another layout. `rowwise_with_gw_hp` does not.
+A scale is that of what one rank multiplies: over the tokens of its microbatch (tensorwise; rowwise in the gradient of
+the weight), and over its part of a weight that tensor parallelism splits. So results are rounded a little differently
+in another layout; least of all those of `rowwise_with_gw_hp`, whose scales meet no two tokens.
 """
 
 from __future__ import annotations
@@ -62,9 +63,10 @@ class Float8Linear(Linear):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype in which a `Linear` would compute."""
-        dtype = self.compute_dtype or self.weight.dtype
+        weight = self.weight
+        dtype = self.compute_dtype or weight.dtype
         return matmul_with_hp_or_float8_args.apply(
-            x_ND.to(dtype), self.weight.to(dtype).t(), self.arithmetic.matmuls, self.arithmetic.casts
+            x_ND.to(dtype), weight.to(dtype).t(), self.arithmetic.matmuls, self.arithmetic.casts
         )
 
     def extra_repr(self) -> str:
@@ -92,13 +94,13 @@ def gather_in_float8(layers: Sequence[Float8Linear], shards: int) -> int:
     return len(even)
 
 
-def precompute_scales(task: nn.Module) -> None:
+def precompute_scales(module: nn.Module) -> None:
     """Reduce the largest magnitudes of all weights that are gathered in float8 at once, before every forward.
 
     Without it FSDP waits for one reduction a weight and gather. Registered after sharding, so that it runs before
     FSDP's own hook; at every forward, so that weights that were loaded or updated never meet an old scale.
     """
-    layers = [module for module in task.modules() if isinstance(module, Float8Linear) and _master(module) is not None]
+    layers = [layer for layer in module.modules() if isinstance(layer, Float8Linear) and _master(layer) is not None]
     if not layers:
         return
     mesh = layers[0].weight.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
@@ -106,13 +108,15 @@ def precompute_scales(task: nn.Module) -> None:
 
     @torch.no_grad()
     def compute(*_: Any) -> None:
-        masters = [_master(layer) for layer in layers]
+        masters = [master for layer in layers if (master := _master(layer)) is not None]
+        if not masters:  # all whole from the forward before, as FSDP keeps them under pipelining
+            return
         largest = torch.stack(torch._foreach_norm([master._tensor for master in masters], math.inf))
         dist.all_reduce(largest, dist.ReduceOp.MAX, group)
         for master, scale in zip(masters, amax_to_scale(largest, e4m3_dtype), strict=True):
             master._precomputed_scale = scale
 
-    task.register_forward_pre_hook(compute, prepend=True)
+    module.register_forward_pre_hook(compute, prepend=True)
 
 
 def _master(layer: Float8Linear) -> Any:

@@ -2,7 +2,8 @@
 
 The 32 numbers lie along the dimension that a matmul sums over, so each of a layer's three matmuls casts its operands
 anew: along features for the output and the gradient of the input, along tokens for the gradient of the weight. A block
-of tokens never spans two rows of a batch whose length is a multiple of 32, so the layout of ranks changes no rounding.
+of tokens never spans two rows of a batch whose length is a multiple of 32, and parts of a split weight have sides that
+are multiples of 32: so no layout of ranks changes the rounding, if each piece of a sequence is such a multiple too.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ class MXLinear(Linear):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype in which a `Linear` would compute."""
-        dtype, how = self.compute_dtype or self.weight.dtype, self.arithmetic
-        e4m3 = torch.float8_e4m3fn
+        weight, how, e4m3 = self.weight, self.arithmetic, torch.float8_e4m3fn
+        dtype = self.compute_dtype or weight.dtype
         y = mx_mm.apply(
-            x_ND.to(dtype).contiguous(), self.weight.to(dtype), e4m3, e4m3, e4m3, BLOCK,
+            x_ND.to(dtype).contiguous(), weight.to(dtype), e4m3, e4m3, e4m3, BLOCK,
             how.kernels, how.cast_rows, how.cast_columns, how.rounding, False,
         )  # fmt: skip
         return y.to(dtype)  # the kernels give bf16

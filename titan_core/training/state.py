@@ -32,7 +32,7 @@ class Progress:
 def tensors(parts: Parts, *, model_only: bool = False) -> dict[str, Any]:
     """Return the live tensors by their checkpoint names: loading into them is loading the run."""
     named: dict[str, Any] = {name: _plain(parameter) for name, parameter in parts.parameters.items()}
-    named.update(parts.model.named_buffers())
+    named.update(parts.buffers)
     return named if model_only else {**named, **state_tensors(parts.optimizer)}
 
 
@@ -42,7 +42,9 @@ def _plain(parameter: Tensor) -> Tensor:
         return parameter
     local = parameter.to_local()
     inner = numbers_of(local)
-    return parameter if inner is local else DTensor(inner, parameter._spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
+    if inner is local:
+        return parameter
+    return DTensor(inner, parameter._spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
 
 
 def snapshot(parts: Parts, progress: Progress, extra: dict[str, Any], *, model_only: bool = False) -> Snapshot:
