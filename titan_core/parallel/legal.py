@@ -56,8 +56,7 @@ def _context(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
         if heads % layout.cp:
             yield Problem(
                 "parallelism.context_parallel_rotate_method",
-                f"`heads` gives each of {layout.cp} context-parallel ranks a part of the key/value heads, of which there "
-                f"are {heads}",
+                f"`heads` deals key/value heads to {layout.cp} context-parallel ranks, and of them there are {heads}",
                 tip="use `allgather` or `alltoall`",
             )
 
