@@ -20,7 +20,7 @@ from typing import IO, Any
 import titan_cli
 from titan_cli.output import Output
 from titan_cli.worker import EVENT_FD, in_worker
-from titan_core.runtime.errors import ConfigError, Problem, TitanError, UsageError
+from titan_core.runtime.errors import CollectiveFailed, ConfigError, Problem, TitanError, UsageError
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 CRASH_GRACE = 15.0  # seconds that the others get after one rank failed: they may hang in a collective
@@ -28,6 +28,8 @@ _TERM_GRACE = 5.0  # seconds from SIGTERM to SIGKILL
 _POLL = 0.05
 # How a rank dies of another one's death. Such an error is never the first cause.
 _PEER_LOST = re.compile(r"connection (closed|reset)|cannot be reached|broken pipe|remote process exited", re.IGNORECASE)
+
+_WAITED = CollectiveFailed.__name__  # the error of ranks that waited for another one; it names their report
 
 
 @dataclass(frozen=True)
@@ -269,6 +271,11 @@ def _conclude(job: _Job) -> int:
     shown.exit_code = int(error["code"])
     if error.get("problems"):  # a config error is every rank's: no rank to name
         shown = ConfigError([Problem(**problem) for problem in error["problems"]])
+    reported = next((e for e in (w.explained() for w in failed) if e.get("kind") == _WAITED), None)
+    if error.get("kind") == _WAITED:  # it speaks of all ranks
+        shown = CollectiveFailed(error["message"], where=error.get("where"), tip=error.get("tip"))
+    elif reported is not None and first.error is None:  # how a rank died, and what the others know of it
+        shown.message, shown.where = f"{shown.message}; {reported['message']}", reported["where"]
     if error.get("kind") == "Interrupted":  # every rank was
         shown.message, failed = error["message"], []
     if first.trace:
@@ -282,7 +289,8 @@ def _conclude(job: _Job) -> int:
 
 def _order(worker: _Worker) -> tuple[bool, bool, float]:
     """Sort failures by how likely they are the cause of the others: our own doing last, lost peers before that."""
-    lost = _PEER_LOST.search(worker.explained()["message"]) is not None
+    error = worker.explained()
+    lost = error.get("kind") == _WAITED or _PEER_LOST.search(error["message"]) is not None
     return worker.ended_by_us, lost, worker.failed_at
 
 

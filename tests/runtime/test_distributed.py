@@ -1,7 +1,14 @@
 """Who am I: torchrun, our spawner, Slurm, or alone."""
 
-import pytest
+import time
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from tests.ranks import run_ranks
 from titan_core.runtime import distributed
 from titan_core.runtime.distributed import first_host, ranks_from_environment
 from titan_core.runtime.errors import MachineError, UsageError
@@ -40,3 +47,33 @@ def test_mistakes_are_explained(monkeypatch) -> None:
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(UsageError, match="MASTER_PORT"):
         distributed.start(device="cpu")
+
+
+def _time_out_everywhere() -> list[tuple[str, float]]:
+    """Return the seconds after which a collective fails in each kind of group, where the other ranks never come."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    flat = mesh["a", "b"]._flatten("ab").get_group()
+    groups = {"world": None, "axis": mesh.get_group("b"), "new": dist.new_group(backend="gloo"), "flat": flat}
+    assert all(timeout == 1800 for timeout in _own_timeouts(groups["axis"], groups["new"]))  # torch's, not ours
+    distributed.set_timeout(1)
+    found = []
+    if dist.get_rank() == 0:
+        for name, group in groups.items():
+            began = time.monotonic()
+            with pytest.raises(RuntimeError, match=r"Timed out|closure"):
+                dist.all_reduce(torch.ones(1), group=group)
+            found.append((name, time.monotonic() - began))
+    else:
+        time.sleep(4)
+    return found
+
+
+def _own_timeouts(*groups: Any) -> list[float]:
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_group_gets_the_timeout() -> None:
+    found = dict(run_ranks(_time_out_everywhere, 4)[0])
+    assert set(found) == {"world", "axis", "new", "flat"}
+    assert all(0.9 < found[name] < 3 for name in ("world", "axis", "new"))
+    assert found["flat"] < 3  # it may share the world's connections, which are dead already

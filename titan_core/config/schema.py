@@ -419,7 +419,7 @@ class Comm:
     trace_buf_size: NonNegative = 20000
     """Events that the flight recorder keeps; 0: off."""
     save_traces_folder: str = "comm_traces"
-    """Folder of its traces, inside the dump folder."""
+    """Folder of its traces and of the report on a hang, inside the dump folder."""
     save_traces_file_prefix: str = "rank_"
     """Prefix of their names."""
 

@@ -17,6 +17,7 @@ from titan_core.runtime import distributed
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Event, Listener, Note, Planned, Warned, silent
+from titan_core.runtime.flight_recorder import FlightRecorder
 from titan_core.runtime.host_memory import keep_freed_memory
 from titan_core.training import resume as resuming
 from titan_core.training import state
@@ -58,30 +59,31 @@ def run(
         importlib.import_module(config.experimental.custom_import)
     began = time.perf_counter()
     resuming.check_allowed(allow_change)
-    _prepare_flight_recorder(config)
+    recorder = _flight_recorder(config)
     world = distributed.start(config.comm.init_timeout_seconds, always_group=config.training.enable_cpu_offload)
     if world.device.type == "cpu":
         keep_freed_memory()
     loggers: list[Logger] = []
     parts: Parts | None = None
     try:
-        loggers = open_loggers(config, world.rank)
-        tell = _fan_out(listener, loggers, world)
-        for note in resolved.notes:
-            tell(Note(note))
-        trainer, restored = _set_up(config, world, tell, resume, allow_change)
-        parts = trainer.parts
-        _record_start(loggers, parts.config, trainer, restored)
-        tell(Planned(_plan(parts)))
-        if config.model.print_after_conversion:
-            for model in parts.models:
-                tell(Note(f"the model:\n{model}"))
-        if config.checkpoint.create_seed_checkpoint:
-            trainer.save(blocking=True)
-            result = trainer._result(None)
-        else:
-            result = trainer.fit(until)
-        return _result(config, result, time.perf_counter() - began)
+        with recorder.watch(world):
+            loggers = open_loggers(config, world.rank)
+            tell = _fan_out(listener, loggers, world)
+            for note in resolved.notes:
+                tell(Note(note))
+            trainer, restored = _set_up(config, world, tell, resume, allow_change)
+            parts = trainer.parts
+            _record_start(loggers, parts.config, trainer, restored)
+            tell(Planned(_plan(parts)))
+            if config.model.print_after_conversion:
+                for model in parts.models:
+                    tell(Note(f"the model:\n{model}"))
+            if config.checkpoint.create_seed_checkpoint:
+                trainer.save(blocking=True)
+                result = trainer._result(None)
+            else:
+                result = trainer.fit(until)
+            return _result(config, result, time.perf_counter() - began)
     finally:
         if parts is not None:
             parts.loader.close()
@@ -207,11 +209,9 @@ def _result(config: Config, result: Result, seconds: float) -> TrainResult:
     )
 
 
-def _prepare_flight_recorder(config: Config) -> None:
-    """Tell the collectives' flight recorder its size and place; it reads them when the process group is made."""
-    folder = os.path.join(config.job.dump_folder, config.comm.save_traces_folder)
-    os.environ["TORCH_FR_BUFFER_SIZE"] = str(config.comm.trace_buf_size)
-    if config.comm.trace_buf_size:
-        os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = "1"
-        prefix = os.path.join(folder, config.comm.save_traces_file_prefix)
-        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = prefix
+def _flight_recorder(config: Config) -> FlightRecorder:
+    comm = config.comm
+    folder = os.path.join(config.job.dump_folder, comm.save_traces_folder)
+    recorder = FlightRecorder(folder, comm.save_traces_file_prefix, comm.trace_buf_size)
+    recorder.put_earlier_traces_aside()
+    return recorder

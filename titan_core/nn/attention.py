@@ -46,7 +46,6 @@ def document_mask(documents_BS: Tensor, queries_T: Tensor) -> Mask:
 
 def visible(documents_BS: Tensor, queries_T: Tensor, keys_K: Tensor) -> Tensor:
     """Return which keys each query sees, by the positions of both in their rows: boolean (B, T, K)."""
-    queries_T, keys_K = queries_T.to(documents_BS.device), keys_K.to(documents_BS.device)
     same = documents_BS[:, queries_T, None] == documents_BS[:, None, keys_K]
     return same & (queries_T[:, None] >= keys_K)
 

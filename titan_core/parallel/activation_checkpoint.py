@@ -31,6 +31,8 @@ SAVED_OPS = {
     _aten._scaled_dot_product_attention_math.default,
     _aten._scaled_dot_product_fused_attention_overrideable.default,
     flex_attention,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
     _aten.max.default,
 }
 MATMUL_OPS = {_aten.mm.default, _aten.linear.default}

@@ -32,10 +32,15 @@ from titan_core.parallel.views import wrap_forward
 _TOKENS = 1  # of (B, T, H, C)
 
 
+def chunks(rank: int, size: int) -> tuple[int, int]:
+    """Return which two chunks of a sequence cut into 2 n a rank of n holds."""
+    return rank, 2 * size - 1 - rank
+
+
 def positions(seq_len: int, rank: int, size: int) -> Tensor:
-    """Return which tokens of a sequence a rank holds, (T): two chunks whose work adds up to the same on all ranks."""
-    chunks = torch.arange(seq_len).chunk(2 * size)
-    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+    """Return which tokens of a sequence a rank holds, (T)."""
+    every = torch.arange(seq_len).chunk(2 * size)
+    return torch.cat([every[number] for number in chunks(rank, size)])
 
 
 class Cutter:
@@ -82,7 +87,7 @@ def _gathered(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor
             return attend(q_BTHC, k, v, mask)
         half = q_BTHC.shape[1] // 2
         out = []
-        for number, rows in ((rank, slice(0, half)), (2 * size - 1 - rank, slice(half, None))):
+        for number, rows in zip(chunks(rank, size), (slice(0, half), slice(half, None)), strict=True):
             end = (number + 1) * half
             seen = mask if mask.dense is None else Mask(dense=mask.dense[:, :, rows, :end])
             out.append(attend(q_BTHC[:, rows], k[:, :end], v[:, :end], seen))
@@ -93,8 +98,8 @@ def _gathered(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor
 
 def _ring(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor]:
     def around(attend: Callable[..., Tensor], q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: Mask) -> Tensor:
-        where = [positions(k_BTKC.shape[1] * size, r, size) for r in range(size)]
-        return ring_attention(q_BTHC, k_BTKC, v_BTKC, where, mask.documents, group)
+        held = [chunks(r, size) for r in range(size)]
+        return ring_attention(q_BTHC, k_BTKC, v_BTKC, held, mask.documents, rank, group)
 
     return around
 

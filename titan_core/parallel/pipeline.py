@@ -38,7 +38,7 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, batch: Any) -> Tensor:
         """Run the piece; `x` is (B, T) tokens at the first stage and (B, T, D) at the others."""
         hidden = self.task.hidden(x, batch)
-        return self.task.loss(hidden, batch).view(1) if self.last else hidden
+        return torch.stack([self.task.loss(hidden, batch)]) if self.last else hidden
 
 
 def cut(model: nn.Module, stage: Cut, sharding: Sharding) -> None:

@@ -28,23 +28,26 @@ def ring_attention(
     q_BTHC: Tensor,
     k_BTKC: Tensor,
     v_BTKC: Tensor,
-    positions: list[Tensor],
+    chunks: list[tuple[int, int]],
     documents: Tensor | None,
+    rank: int,
     group: ProcessGroup,
 ) -> Tensor:
     """Return causal attention over the tokens of all ranks, (B, T, H, C), within documents where they are given.
 
-    `positions` (T) of every rank, on the host, are two chunks of neighbouring tokens each; `documents` (B, S) are those
-    of all tokens.
+    `chunks` are the numbers, in their order in a sequence, of the two chunks of T / 2 tokens that every rank holds;
+    `documents` (B, S) are those of all tokens.
     """
-    return _Ring.apply(q_BTHC, k_BTKC, v_BTKC, positions, documents, group)
+    place = _Place(
+        chunks, documents, rank, group, k_BTKC.shape[2], q_BTHC.shape[2] // k_BTKC.shape[2], q_BTHC.shape[1] // 2
+    )
+    return _Ring.apply(q_BTHC, k_BTKC, v_BTKC, place)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, positions, documents, group) -> Tensor:
-        ctx.groups, ctx.scale = q_BTHC.shape[2] // k_BTKC.shape[2], 1 / math.sqrt(q_BTHC.shape[-1])
-        ctx.ring = _Place(positions, documents, group, k_BTKC.shape[2], ctx.groups, q_BTHC.device)
+    def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, place: _Place) -> Tensor:
+        ctx.ring, ctx.groups, ctx.scale = place, place.groups, 1 / math.sqrt(q_BTHC.shape[-1])
         q = rows_of(q_BTHC * ctx.scale, ctx.groups)
         k, v = rows_of(k_BTKC, 1), rows_of(v_BTKC, 1)
         out = q.new_zeros((*q.shape[:2], v.shape[-1]), dtype=torch.float32)
@@ -52,7 +55,7 @@ class _Ring(torch.autograd.Function):
         held = [k, v]
         for source in ctx.ring.sources:
             arriving = ctx.ring.send(held)
-            for rows, keys, hidden in ctx.ring.pieces(source, q.shape[0]):
+            for rows, keys, hidden in ctx.ring.pieces(source, q):
                 more = piece_forward(q[:, rows], held[0][:, keys], held[1][:, keys], hidden)
                 out[:, rows], lse[:, rows] = merge(out[:, rows], lse[:, rows], *more)
             held = [funcol.wait_tensor(new).view_as(old) for new, old in zip(arriving, held, strict=True)]
@@ -70,7 +73,7 @@ class _Ring(torch.autograd.Function):
         sums = [x.new_zeros(x.shape, dtype=torch.float32) for x in held]  # travel with the keys that they belong to
         for source in ctx.ring.sources:
             arriving = ctx.ring.send(held)
-            for rows, keys, hidden in ctx.ring.pieces(source, q.shape[0]):
+            for rows, keys, hidden in ctx.ring.pieces(source, q):
                 k_piece, v_piece = (x[:, keys] for x in held)
                 more_q, more_k, more_v = piece_backward(
                     q[:, rows], k_piece, v_piece, grad[:, rows], lse[:, rows], delta[:, rows], hidden
@@ -85,65 +88,60 @@ class _Ring(torch.autograd.Function):
             sums = [grad_k, grad_v]
         grad_k, grad_v = (heads_of(x.to(k.dtype), batch, 1) for x in sums)
         grad_q = heads_of(grad_q.mul_(ctx.scale).to(q.dtype), batch, ctx.groups)
-        return grad_q, grad_k, grad_v, None, None, None
+        return grad_q, grad_k, grad_v, None
 
 
 @dataclass(frozen=True)
 class _Place:
     """This rank's place in the ring, and which pieces of the keys its queries may meet."""
 
-    positions: list[Tensor]
+    chunks: list[tuple[int, int]]
     documents: Tensor | None
+    rank: int
     group: ProcessGroup
     kv_heads: int
     groups: int
-    device: torch.device
-
-    @property
-    def rank(self) -> int:
-        """This rank among those of the ring."""
-        return self.group.rank()
+    half: int
 
     @property
     def sources(self) -> list[int]:
         """Whose keys are here, step by step: first one's own."""
-        size = len(self.positions)
+        size = len(self.chunks)
         return [(self.rank - step) % size for step in range(size)]
 
     def send(self, tensors: list[Tensor]) -> list[Tensor]:
         """Start to pass tensors on to the next rank, and return what comes from the one before, to be waited for."""
-        size = len(self.positions)
+        size = len(self.chunks)
         following = [(rank + 1) % size for rank in range(size)]
         return [funcol.permute_tensor(x.flatten(), following, self.group) for x in tensors]
 
-    def pieces(self, source: int, batch_heads: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
-        """Yield (query rows, keys, what is hidden) that have anything to see, a row's own chunk first.
+    def pieces(self, source: int, like: Tensor) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        """Yield (query rows, keys, what is hidden) that have anything to see; `like` are the queries' rows (N, R, C).
 
         A chunk's own keys come first, so that every row has seen something before the next piece is merged.
         """
-        half = self.positions[0].shape[0] // 2
-        for mine in (0, 1):
+        for mine, queries in enumerate(self.chunks[self.rank]):
             for theirs in (1, 0) if mine else (0, 1):
-                queries = self.positions[self.rank][mine * half :][:half]
-                keys = self.positions[source][theirs * half :][:half]
-                if keys[0] <= queries[0]:
-                    yield from self._blocks(mine * half, queries, theirs * half, keys, batch_heads)
+                keys = self.chunks[source][theirs]
+                if keys <= queries:
+                    yield from self._blocks(mine, queries, theirs, keys, like)
 
     def _blocks(
-        self, first_row: int, queries: Tensor, first_key: int, keys: Tensor, batch_heads: int
+        self, mine: int, queries: int, theirs: int, keys: int, like: Tensor
     ) -> Iterator[tuple[slice, slice, Tensor | None]]:
         """Cut a pair of chunks into blocks of queries, so that few scores exist at once."""
-        step = max(1, _SCORES // (batch_heads * self.groups * keys.shape[0]))
-        for start in range(0, queries.shape[0], step):
-            block = queries[start : start + step]
-            begin = (first_row + start) * self.groups
-            rows = slice(begin, begin + block.shape[0] * self.groups)
-            yield rows, slice(first_key, first_key + keys.shape[0]), self._hidden(block, keys)
+        step = max(1, _SCORES // (like.shape[0] * self.groups * self.half))
+        for start in range(0, self.half, step):
+            stop = min(start + step, self.half)
+            rows = slice((mine * self.half + start) * self.groups, (mine * self.half + stop) * self.groups)
+            cols = slice(theirs * self.half, (theirs + 1) * self.half)
+            first = queries * self.half
+            query_positions = torch.arange(first + start, first + stop, device=like.device)
+            key_positions = torch.arange(keys * self.half, (keys + 1) * self.half, device=like.device)
+            yield rows, cols, self._hidden(query_positions, key_positions, before=keys < queries)
 
-    def _hidden(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+    def _hidden(self, queries: Tensor, keys: Tensor, *, before: bool) -> Tensor | None:
         if self.documents is not None:
             hidden = ~visible(self.documents, queries, keys)
             return hidden.repeat_interleave(self.groups, 1).repeat_interleave(self.kv_heads, 0)
-        if keys[-1] <= queries[0]:
-            return None
-        return (queries[:, None] < keys).repeat_interleave(self.groups, 0)[None].to(self.device)
+        return None if before else (queries[:, None] < keys).repeat_interleave(self.groups, 0)[None]

@@ -40,6 +40,10 @@ class RunFailed(TitanError):
     """The command ran and failed, or its answer is no (exit code 1)."""
 
 
+class CollectiveFailed(RunFailed):
+    """Ranks waited for one that did not come, or did not agree; `where` names the report (exit code 1)."""
+
+
 class CheckpointError(RunFailed):
     """A checkpoint cannot be read or written, or is not what it says it is (exit code 1)."""
 

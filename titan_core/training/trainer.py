@@ -84,7 +84,9 @@ class Trainer:
         """Train to the last step, or to step `until`, or until a signal or the time limit asks to stop."""
         config = self.parts.config
         last = min(config.training.steps, until or config.training.steps)
-        group = dist.new_group(backend="gloo") if self.parts.world.size > 1 else None
+        group = dist.new_group(backend="gloo", group_desc="stop") if self.parts.world.size > 1 else None
+        set_timeout(config.comm.init_timeout_seconds)  # torch gives every group but the first one half an hour
+        first = True
         stopped_by = None
         collector = GarbageCollector(config.training.gc_freq, config.training.gc_debug)
         stop = StopRequest(group, config.training.time_limit_minutes, self._unsaved_steps)
@@ -100,8 +102,9 @@ class Trainer:
                     stopped_by = self._validate(step, stop)
                 stopped_by = stopped_by or stop.agreed()
                 self._save_if_due(step, last=step >= last or stopped_by is not None)
-                if step == 1:
+                if first:  # of this start, wherever it resumed; what is compiled is compiled, validation included
                     set_timeout(config.comm.train_timeout_seconds)
+                first = False
             if self.checkpointer is not None:
                 self.checkpointer.finish()
                 if self.progress.step >= config.training.steps and config.checkpoint.last_save_model_only:
