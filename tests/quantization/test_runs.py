@@ -185,9 +185,14 @@ def test_recomputation_and_compilation_change_nothing(recipe: str, recompute: st
 
 @pytest.mark.slow
 def test_compiled_blocks_take_weights_that_came_in_float8(tmp_path: Path) -> None:
+    """Compared with compiled blocks: eager norms differ in the last bit, which a rounding to float8 may enlarge."""
     changes = {**options("tensorwise"), "activation_checkpoint__mode": "full", "compile__backend": "aot_eager"}
-    found = losses(tiny(tmp_path, **changes, **GATHER, compile__enable=True), 2)
-    assert found == pytest.approx(one_process("tensorwise"), rel=1e-6)
+    found, wanted = (
+        losses(tiny(tmp_path / name, **changes, **gather, compile__enable=True), 2)
+        for name, gather in (("float8", GATHER), ("high", {}))
+    )
+    assert found == wanted
+    assert found == pytest.approx(one_process("tensorwise"), rel=1e-4)
 
 
 def test_validation_takes_rows_whose_number_of_tokens_fits_nothing(tmp_path: Path) -> None:
