@@ -38,6 +38,55 @@ RULES = {
     "part": (
         ["checkpoint.exclude_from_loading=optimzer"], "--checkpoint.exclude_from_loading", "`optimzer`", "`optimizer`",
     ),
+    "converter": (["model.converters=quantize.linear.float"], "--model.converters", "no converter", "linear.float8`?"),
+    "converter of another sort": (["model.converters=lora"], "--model.converters", "`lora`", "known: quantize.linear"),
+    "converter of experts": (
+        ["model.converters=quantize.grouped_mm.mx"], "--model.converters", "not supported", "leave it out",
+    ),
+    "two converters": (
+        ["model.converters=quantize.linear.mx,quantize.linear.float8"], "--model.converters", "once", "leave one",
+    ),
+    "tokens for float8": (
+        ["model.converters=quantize.linear.float8", "training.local_batch_size=3", "training.seq_len=40"],
+        "--training.seq_len", "= 120 tokens, and quantize.linear.float8 needs a multiple of 16", "16",
+    ),
+    "tokens for MX": (
+        ["model.converters=quantize.linear.mx", "training.local_batch_size=3", "training.seq_len=16"],
+        "--training.seq_len", "= 48 tokens, and quantize.linear.mx needs a multiple of 32", "32",
+    ),
+    "gather of rows": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.recipe_name=rowwise",
+         "quantize.linear.float8.enable_fsdp_float8_all_gather"],
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "rowwise has one a row", "tensorwise",
+    ),
+    "gather beside tensor parallelism": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.enable_fsdp_float8_all_gather",
+         "parallelism.tensor_parallel_degree=2"],
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "`parallelism.tensor_parallel_degree` is 2", "leave",
+    ),
+    "gather by views": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.enable_fsdp_float8_all_gather",
+         "parallelism.data_parallel_backend=simple"],
+        "--quantize.linear.float8.enable_fsdp_float8_all_gather", "`parallelism.data_parallel_backend` is sim", "leave",
+    ),
+    "tokens of a piece of the sequence": (
+        ["model.converters=quantize.linear.mx", "training.local_batch_size=1", "training.seq_len=96",
+         "parallelism.context_parallel_degree=2"],
+        "--training.seq_len", "/ parallelism.context_parallel_degree 2 = 48 tokens", "a multiple of 64",
+    ),
+    "tokens of a microbatch": (
+        ["model.converters=quantize.linear.mx", "training.seq_len=48", "parallelism.pipeline_parallel_degree=2"],
+        "--training.seq_len", "parallelism.pipeline_parallel_microbatch_size 1 x training.seq_len 48 = 48", "32",
+    ),
+    "no thresholds": (
+        ["model.converters=quantize.linear.float8", "quantize.linear.float8.recipe_name=rowwise_with_gw_hp",
+         "quantize.linear.float8.filter_fqns=auto_filter_small_kn"],
+        "--quantize.linear.float8.filter_fqns", "nobody has measured", "rowwise",
+    ),
+    "no thresholds for MX": (
+        ["model.converters=quantize.linear.mx", "quantize.linear.mx.filter_fqns=auto_filter_small_kn"],
+        "--quantize.linear.mx.filter_fqns", "nobody has measured", "name layers",
+    ),
 }  # fmt: skip
 
 
@@ -55,7 +104,7 @@ def test_a_rule_that_is_broken_is_named_with_its_flag(name: str) -> None:
 
 
 def test_what_is_not_supported_yet_is_one_problem_with_every_place() -> None:
-    words = ["parallelism.expert_parallel_degree=2", "model.converters=float8", "fault_tolerance.enable"]
+    words = ["parallelism.expert_parallel_degree=2", "quantize.grouped_mm.mx.fqns=experts", "fault_tolerance.enable"]
     (found,) = check(load(None, flags(words)))
     for word in words:
         assert f"(--{word.partition('=')[0]})" in found.message

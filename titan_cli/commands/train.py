@@ -39,6 +39,13 @@ def train(
     target: str | None = typer.Argument(None, metavar="[RECIPE|FILE]", help="Recipe or TOML file."),
     list_recipes: bool = typer.Option(False, "--list", help="List the recipes and stop."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Build the plan without weights, print it and stop."),
+    world_size: int | None = typer.Option(
+        None,
+        "--world-size",
+        min=1,
+        metavar="N",
+        help="Ranks that --dry-run plans for, on GPUs; they need not be there.",
+    ),
     nproc: str = typer.Option("1", metavar="N", help="Ranks to start on this host, or `auto`: one a GPU."),
     resume: str = typer.Option("auto", metavar="HOW", help="auto, never, a step, or a checkpoint to start from."),
     until: int | None = typer.Option(
@@ -69,14 +76,16 @@ def train(
         output.warn(ranks.note)
     seconds = _seconds(grace)
     check_allowed(allow_change)
-    problems = checks.check(resolved, ranks.world_size)
+    if world_size is not None and not dry_run:
+        raise UsageError("--world-size says how many ranks --dry-run plans for", tip="start ranks with --nproc N")
+    problems = checks.check(resolved, world_size or ranks.world_size)
     if problems:
         raise ConfigError(problems)
     if not worker.in_worker() and worker.is_main_rank():
         for remark in checks.remarks(resolved.config):
             output.warn(remark)
     if dry_run:
-        _plan(output, resolved, ranks.world_size)
+        _plan(output, resolved, world_size or ranks.world_size, None if world_size is None else "cuda")
     elif ranks.must_spawn:
         raise typer.Exit(launch.spawn(ranks, seconds, output, words_of(ctx)))
     else:
@@ -84,10 +93,10 @@ def train(
         _finish(output, resolved, done, words_of(ctx), until)
 
 
-def _plan(output: Output, resolved: Resolved, world_size: int) -> None:
+def _plan(output: Output, resolved: Resolved, world_size: int, device: str | None) -> None:
     from titan_core.jobs import plan
 
-    result = plan.run(resolved, world_size)
+    result = plan.run(resolved, world_size, device)
     output.result("\n".join(f"{topic:<12}{text}" for topic, text in result.rows), **dataclasses.asdict(result))
 
 

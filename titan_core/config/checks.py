@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
+from titan_core.config import quantize
 from titan_core.config.fields import fields, get
 from titan_core.config.layout import KEYS, Layout
 from titan_core.config.load import Resolved
@@ -19,7 +20,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.enable_async_tensor_parallel": (False,),
     "parallelism.enable_compiled_autograd": (False,),
-    "model.converters": ([],),
     "optimizer.early_step_in_backward": (False,),
     "job.custom_config_module": ("",),
     "experimental.custom_args_module": ("",),
@@ -29,8 +29,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "memory_estimation.enable": (False,),
     "fault_tolerance.enable": (False,),
     "fault_tolerance.semi_sync_method": (None,),
-    "quantize.linear.float8.recipe_name": (None,),
-    "quantize.linear.float8.enable_fsdp_float8_all_gather": (False,),
     "quantize.grouped_mm.float8.fqns": ([],),
     "quantize.grouped_mm.mx.fqns": ([],),
     "training.debug_moe_force_load_balance": (False,),
@@ -42,7 +40,10 @@ PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")  # o
 def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
     """Return every problem of a config, for a number of ranks where that is known."""
     config = resolved.config
-    rules = (_not_yet(resolved), _batch(config), _schedule(config), _memory(config), _files(config), _saving(config))
+    rules = (
+        _not_yet(resolved), _batch(config), _schedule(config), _memory(config), _files(config), _saving(config),
+        quantize.problems(config),
+    )  # fmt: skip
     found = [_placed(problem, resolved) for problems in rules for problem in problems]
     return found if world_size is None else found + check_layout(resolved, world_size)
 
@@ -50,9 +51,10 @@ def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
 def remarks(config: Config) -> list[str]:
     """Return what is allowed, but may not be what was meant."""
     warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
-    if warmup <= steps:
-        return []
-    return [f"`lr_scheduler.warmup_steps` {warmup} is shortened to the {steps} of `training.steps`"]
+    said = quantize.remarks(config)
+    if warmup > steps:
+        said.append(f"`lr_scheduler.warmup_steps` {warmup} is shortened to the {steps} of `training.steps`")
+    return said
 
 
 def check_layout(resolved: Resolved, world_size: int) -> list[Problem]:

@@ -91,7 +91,7 @@ class Model:
     tokenizer_path: str | None = None
     """Deprecated: use `hf_assets_path`."""
     converters: list[str] = field(default_factory=list)
-    """Model converters, applied in this order (quantization)."""
+    """Model converters: `quantize.linear.float8` or `quantize.linear.mx`."""
     print_after_conversion: bool = False
     """Print the model before training."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -331,15 +331,17 @@ class Float8Linear:
     """Float8 matmuls."""
 
     enable_fsdp_float8_all_gather: bool = False
-    """Gather FSDP parameters in float8."""
+    """Gather FSDP parameters in float8: half the bytes of bf16 (tensorwise only)."""
     precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute all scales in one reduction after the optimizer step."""
+    """Compute all scales in one reduction before each forward, not in one a weight and gather."""
     recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Scaling recipe."""
+    """How many numbers share a scale: `tensorwise` (the default) a whole tensor, `rowwise` a row; `rowwise_with_gw_hp`
+    computes the weights' gradients in high precision."""
     filter_fqns: list[str] = field(default_factory=list)
-    """Layers left in high precision."""
+    """Layers left in high precision: parts of their names, and `auto_filter_small_kn` for those too small to gain.
+    Heads, routers and layers whose sides are no multiples of 16 are always left."""
     emulate: bool = False
-    """Emulate float8 where the hardware lacks it."""
+    """Emulate float8 where the hardware lacks it: operands are rounded as in float8, the matmuls run in fp32."""
 
 
 @dataclass(frozen=True)
@@ -348,10 +350,14 @@ class MXLinear:
 
     mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
     """Kernel of the cast along dim 1."""
-    recipe_name: str = "mxfp8_cublas"
-    """Scaling recipe."""
+    recipe_name: Literal["mxfp8_cublas", "mxfp8_cublas_rceil", "mxfp8_emulated", "mxfp8_emulated_rceil"] = (
+        "mxfp8_cublas"
+    )
+    """How the scale of 32 numbers is rounded to a power of two: down (the largest may saturate), or up (`rceil`).
+    `emulated` runs the matmuls on rounded operands in high precision, where the hardware lacks MXFP8."""
     filter_fqns: list[str] = field(default_factory=lambda: ["output"])
-    """Layers left in high precision."""
+    """Layers left in high precision: parts of their names. Heads, routers and layers whose sides are no multiples of 32
+    are always left."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from titan_core.config.load import Resolved
 from titan_core.estimation.flops import count_parameters, flops_per_token
-from titan_core.estimation.memory import GIB, Memory, data_parallel_memory
+from titan_core.estimation.memory import GIB
 from titan_core.models import resolve
+from titan_core.parallel import legal
 from titan_core.parallel.mesh import Layout
 from titan_core.parallel.parallelize import find
-from titan_core.runtime.errors import RunFailed
+from titan_core.runtime import distributed
+from titan_core.runtime.errors import ConfigError, RunFailed
+from titan_core.training.simulate import RankPlan, simulate
 
 
 @dataclass(frozen=True)
@@ -22,11 +26,12 @@ class Plan:
     flops_per_token: float
     flops_per_token_causal: float
     tokens_per_step: int
-    memory: Memory
+    device: str
+    ranks: list[dict[str, Any]]
 
 
-def run(resolved: Resolved, world_size: int) -> Plan:
-    """Plan a run on `world_size` ranks: builds the model on the meta device and counts."""
+def run(resolved: Resolved, world_size: int, device_type: str | None = None) -> Plan:
+    """Plan a run on `world_size` ranks of a type of device (default: this machine's): lay the model out and count."""
     import torch
 
     config = resolved.config
@@ -48,22 +53,44 @@ def run(resolved: Resolved, world_size: int) -> Plan:
     if rows_a_step < 0:
         rows_a_step = training.local_batch_size * layout.dp
     tokens = rows_a_step * training.seq_len
-    memory = data_parallel_memory(
-        config, family.parameters(sizes), len(blocks), sizes.vocab_size, shards=layout.dp_shard
-    )
-    on_host = f", {memory.host / GIB:.2f} of them in host memory" if memory.host else ""
+    wrong = legal.problems(config, layout, family, sizes)
+    if wrong:
+        raise ConfigError(wrong)
+    device = device_type or distributed.default_device_type()
+    plans = simulate(config, family, sizes, layout, rows_a_step, device)
     shown = [
         ("run", config.job.dump_folder),
         ("model", f"{family.name} {config.model.flavor}: {counts.total:,} parameters in {len(blocks)} blocks"),
         ("flops", f"{full:.4g} a token with full attention, {causal:.4g} with causal attention counted as it is"),
-        ("layout", f"{world_size} ranks: {layout}"),
+        ("layout", f"{world_size} ranks: {layout}; planned for {device}"),
         (
             "batch",
             f"{rows_a_step} x {training.seq_len} = {tokens:,} tokens a step in "
             f"{rows_a_step // (training.local_batch_size * layout.dp)} microbatches a rank; "
             f"{training.steps:,} steps = {tokens * training.steps:,} tokens, {full * tokens * training.steps:.3g} FLOP",
         ),
-        ("memory", f"about {memory.total / GIB:.2f} GiB a rank{on_host}"),
-        *((f" {name}", f"{value / GIB:.2f} GiB") for name, value in memory.parts().items()),
+        *(row for plan in plans for row in _rows(plan, layout)),
     ]
-    return Plan(shown, counts.total, full, causal, tokens, memory)
+    return Plan(shown, counts.total, full, causal, tokens, device, [_as_dict(plan) for plan in plans])
+
+
+def _rows(plan: RankPlan, layout: Layout) -> list[tuple[str, str]]:
+    """Say what a rank of one kind holds, at its fullest moment and by kind, and what it sends."""
+    where = f"stage {', '.join(map(str, plan.stages))}: " if layout.pp > 1 else ""
+    kinds = ("weights", "gradients", "optimizer", "activations", "gathered")
+    return [
+        ("memory", f"{plan.peak / GIB:.2f} GiB at the peak; {where}{plan.ranks} ranks, {plan.blocks} blocks each"),
+        *((f" {kind}", f"{getattr(plan, kind) / GIB:.2f} GiB") for kind in kinds if getattr(plan, kind)),
+        *(
+            (f" {axis}", f"{name}: {calls:,} calls, {size / GIB:.2f} GiB a step")
+            for (name, axis), (calls, size) in sorted(plan.collectives.items())
+        ),
+    ]
+
+
+def _as_dict(plan: RankPlan) -> dict[str, Any]:
+    collectives = [
+        {"collective": name, "axis": axis, "calls": calls, "bytes": size}
+        for (name, axis), (calls, size) in sorted(plan.collectives.items())
+    ]
+    return {**vars(plan), "collectives": collectives}

@@ -110,7 +110,8 @@ def _memory(resolved: Resolved, world_size: int) -> str:
         family.parameters(sizes),
         len(family.attentions(sizes)),
         sizes.vocab_size,
-        shards=Layout.of(config.parallelism, world_size).dp_shard,
+        shards=Layout.of(config.parallelism, world_size).world_size
+        // config.parallelism.data_parallel_replicate_degree,
     )
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in memory.parts().items())
     return f"about {memory.total / GIB:.2f} GiB a rank: {parts}"

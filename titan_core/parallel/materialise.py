@@ -49,4 +49,9 @@ def _shard_of(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(offset)
+    return numbers_of(tensor.to_local()), tuple(offset)
+
+
+def numbers_of(local: Tensor) -> Tensor:
+    """Return the plain tensor with a shard's numbers: a weight that is gathered in float8 is a subclass around it."""
+    return getattr(local, "_tensor", local)

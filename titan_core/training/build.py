@@ -25,6 +25,7 @@ from titan_core.parallel.parallelize import Parallel, Part, parallelize, parts_o
 from titan_core.parallel.pipeline import Pipeline
 from titan_core.parallel.stages import SPLIT_BACKWARD, last_stage_rank
 from titan_core.parallel.tensor import loss_over_parts
+from titan_core.quantization import convert, precompute_scales
 from titan_core.runtime import determinism
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
@@ -130,18 +131,20 @@ class LaidOut:
     said: list[str]
 
 
-def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any) -> LaidOut:
+def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torch.device) -> LaidOut:
     """Build a model on the meta device and lay it out over a mesh."""
     inner, said = _inner_loss(config, mesh, sizes)
     parts: list[Part] = []
     laid: list[DataParallel] = []
     for model, cut in parts_of(family, sizes, mesh, config):
+        quantized = convert(model, family, sizes, config, mesh.layout, device)
         task = CausalLM(model, document_masks=_document_masks(sizes), inner_loss=inner)
         task.backward_twice = cut is not None and config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
         parts.append(Part(model, task, cut))
         stage, words = parallelize(parts[-1], family, mesh, config)
         laid.append(stage)
-        said = words + said if len(parts) == 1 else said
+        precompute_scales(stage.module, config)
+        said = quantized + words + said if len(parts) == 1 else said
     return LaidOut(parts, laid, said)
 
 
@@ -149,7 +152,7 @@ def build_model(
     config: Config, world: World, mesh: Mesh, family: Family, sizes: Any, seed: int, global_batch: int
 ) -> Built:
     """Build a model on the meta device, lay it out, and draw its weights."""
-    laid = lay_out(config, mesh, family, sizes)
+    laid = lay_out(config, mesh, family, sizes, world.device)
     host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
     for part, stage in zip(laid.parts, laid.stages, strict=True):
         materialise(part.model, family.parameters(sizes), seed, host)

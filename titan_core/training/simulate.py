@@ -97,9 +97,13 @@ def _fake_world(size: int, rank: int) -> Iterator[None]:
 def _plan_rank(
     config: Config, family: Family, sizes: Any, layout: Layout, rank: int, global_batch: int, device_type: str
 ) -> RankPlan:
-    config = dataclasses.replace(config, compile=dataclasses.replace(config.compile, enable=False))
+    config = dataclasses.replace(
+        config,
+        compile=dataclasses.replace(config.compile, enable=False),
+        model=dataclasses.replace(config.model, converters=[]),  # they change how products are formed, not what is held
+    )
     mesh = Mesh(layout, "cpu", rank)
-    laid = lay_out(config, mesh, family, sizes)
+    laid = lay_out(config, mesh, family, sizes, torch.device(device_type))
     step = _Step(config, mesh, sizes, global_batch // (config.training.local_batch_size * layout.dp))
     ledger = Ledger(_axes(mesh))
     with plan_for(device_type), FakeTensorMode(allow_non_fake_inputs=True):

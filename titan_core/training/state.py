@@ -6,11 +6,14 @@ import dataclasses
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from titan_core.checkpoint import Snapshot
 from titan_core.config.load import to_dict
 from titan_core.data.loader import merge_states
 from titan_core.optim.build import state_tensors
+from titan_core.parallel.materialise import numbers_of
 from titan_core.runtime import determinism
 from titan_core.training.build import Parts
 
@@ -28,9 +31,20 @@ class Progress:
 
 def tensors(parts: Parts, *, model_only: bool = False) -> dict[str, Any]:
     """Return the live tensors by their checkpoint names: loading into them is loading the run."""
-    named: dict[str, Any] = dict(parts.parameters)
+    named: dict[str, Any] = {name: _plain(parameter) for name, parameter in parts.parameters.items()}
     named.update(parts.buffers)
     return named if model_only else {**named, **state_tensors(parts.optimizer)}
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """Return a parameter as checkpoints know it: the same numbers, without a subclass that serves the computation."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    local = parameter.to_local()
+    inner = numbers_of(local)
+    if inner is local:
+        return parameter
+    return DTensor(inner, parameter._spec, requires_grad=False)  # pyright: ignore[reportCallIssue]
 
 
 def snapshot(parts: Parts, progress: Progress, extra: dict[str, Any], *, model_only: bool = False) -> Snapshot:

@@ -1,0 +1,141 @@
+"""From names in `model.converters` to quantized layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from titan_core.config.layout import Layout
+from titan_core.config.quantize import FLOAT8, MULTIPLE, MX
+from titan_core.config.schema import Config
+from titan_core.declare.family import Family
+from titan_core.nn.layers import Linear
+from titan_core.quantization.choose import Choice, Rules, choose
+from titan_core.runtime.errors import ConfigError, MachineError, Problem, missing_extra
+
+_Made = TypeVar("_Made", bound=Linear)
+
+
+def convert(
+    model: nn.Module, family: Family, sizes: Any, config: Config, layout: Layout, device: torch.device
+) -> list[str]:
+    """Quantize a model, or a stage of one, on the meta device as `model.converters` says; returns what was done.
+
+    Parameters keep their names, shapes and dtypes: checkpoints, initial weights, sharding and optimizers see no
+    difference. Raises `MachineError` if torchao is missing or the device cannot, `ConfigError` if no layer is left.
+    """
+    said: list[str] = []
+    for name in config.model.converters:
+        part = _Part(model, family, sizes, layout)
+        said += (_float8 if name == FLOAT8 else _mx)(part, config, device)
+    return said
+
+
+@dataclass(frozen=True)
+class _Part:
+    model: nn.Module
+    family: Family
+    sizes: Any
+    layout: Layout
+
+    def choose(self, rules: Rules) -> Choice:
+        return choose(self.model, self.family.parameters(self.sizes), rules, self.family.sharding, self.layout.tp)
+
+    def swap(self, choice: Choice, made: Callable[[Linear], _Made], key: str) -> list[_Made]:
+        """Put other layers in the place of those chosen. A stage of a pipeline may have none."""
+        if not choice.chosen and self.layout.pp == 1:
+            message = f"{key} has no linear layer to convert; left out: {choice.reasons()}"
+            tip = f"a larger model, other {key}.filter_fqns, or no such converter"
+            raise ConfigError([Problem("model.converters", message, where="model.converters", tip=tip)])
+        layers = {name: made(layer) for name, layer in choice.chosen.items()}
+        for name, layer in layers.items():
+            self.model.set_submodule(name, layer)
+        return list(layers.values())
+
+
+def precompute_scales(module: nn.Module, config: Config) -> None:
+    """Compute the scales of weights that are gathered in float8 in one reduction, where the config asks for it.
+
+    `module` is what FSDP has sharded: a task, or a stage of a pipeline.
+    """
+    options = config.quantize.linear.float8
+    if FLOAT8 in config.model.converters and options.precompute_float8_dynamic_scale_for_fsdp:
+        from titan_core.quantization import float8  # torchao: 2 s
+
+        float8.precompute_scales(module)
+
+
+def _float8(part: _Part, config: Config, device: torch.device) -> list[str]:
+    options = config.quantize.linear.float8
+    recipe = options.recipe_name or "tensorwise"
+    if not options.emulate:
+        _require(device, (8, 9), "float8", f"set {FLOAT8}.emulate: the same rounding, in slower matmuls")
+    with _torchao():
+        from titan_core.quantization import float8
+    choice = part.choose(Rules.of(options.filter_fqns, MULTIPLE[FLOAT8], recipe))
+    arithmetic = float8.Arithmetic.of(recipe, emulate=options.emulate)
+    layers = part.swap(choice, lambda layer: float8.Float8Linear(layer, arithmetic), FLOAT8)
+    if config.compile.enable:
+        float8.prepare_compiler(recipe)
+    said = _said(f"float8 {recipe}" + ", emulated," * options.emulate, choice)
+    if options.enable_fsdp_float8_all_gather and part.layout.fsdp > 1:
+        said.append(f"{float8.gather_in_float8(layers, part.layout.fsdp)} of them gathered in float8")
+    elif options.enable_fsdp_float8_all_gather:
+        said.append("nothing to gather in float8: weights are not sharded")
+    return said
+
+
+def _mx(part: _Part, config: Config, device: torch.device) -> list[str]:
+    options = config.quantize.linear.mx
+    if "emulated" not in options.recipe_name:
+        other = options.recipe_name.replace("cublas", "emulated")
+        _require(device, (10, 0), "MXFP8", f"set {MX}.recipe_name to {other}: the same rounding, in slower matmuls")
+    with _torchao():
+        from titan_core.quantization import mx
+    choice = part.choose(Rules.of(options.filter_fqns, MULTIPLE[MX]))
+    arithmetic = mx.Arithmetic.of(options.recipe_name, options.mxfp8_dim1_cast_kernel_choice)
+    part.swap(choice, lambda layer: mx.MXLinear(layer, arithmetic), MX)
+    return _said(options.recipe_name, choice)
+
+
+def _require(device: torch.device, capability: tuple[int, int], what: str, tip: str) -> None:
+    """Refuse a device whose matmuls cannot take the operands; nothing falls back without a word."""
+    if device.type != "cuda":
+        raise MachineError(f"{what} matmuls need a GPU, and this run is on the {device.type.upper()}", tip=tip)
+    found = torch.cuda.get_device_capability(device)
+    if found < capability:
+        raise MachineError(
+            f"{what} matmuls need compute capability {capability[0]}.{capability[1]}, and "
+            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}",
+            tip=tip,
+        )
+
+
+def _said(what: str, choice: Choice) -> list[str]:
+    said = f"{what} in {len(choice.chosen)} of {len(choice.chosen) + len(choice.left)} linear layers"
+    if choice.left:
+        said += f" (left out: {choice.reasons()})"
+    unused = [f"`{pattern}` of filter_fqns matches nothing" for pattern in choice.unused]
+    return [said, *unused]
+
+
+@contextmanager
+def _torchao() -> Iterator[None]:
+    """Import what needs torchao. torchao 0.18 makes torch 2.14 log two deprecations that no user can act on."""
+    logger = logging.getLogger("torch.utils._pytree")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except ImportError as error:
+        if error.name and error.name.partition(".")[0] == "torchao":
+            raise missing_extra("torchao", "quant") from None
+        raise
+    finally:
+        logger.setLevel(level)
