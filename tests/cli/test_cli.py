@@ -131,9 +131,9 @@ MISTAKES = {
     "impossible degrees": (
         ["train", "--nproc", "5", "--parallelism.data_parallel_replicate_degree", "2"],
         2,
-        "replicate 1 x shard 5",
+        "try `fsdp 5` or `replicate 5`",
     ),
-    "not supported": (["train", "--parallelism.tensor_parallel_degree", "2"], 2, "tensor_parallel_degree = 2"),
+    "not supported": (["train", "--parallelism.expert_parallel_degree", "2"], 2, "expert_parallel_degree = 2"),
     "nproc": (["train", "--nproc", "x"], 2, "--nproc"),
     "unknown model": (["train", "--model.name", "lama3"], 2, "did you mean `llama3`"),
     "unknown flavor": (["train", "--model.flavor", "9B"], 2, "8B"),

@@ -97,7 +97,7 @@ def _plan(output: Output, resolved: Resolved, world_size: int, device: str | Non
     from titan_core.jobs import plan
 
     result = plan.run(resolved, world_size, device)
-    output.result("\n".join(f"{topic:<12}{text}" for topic, text in result.rows), **dataclasses.asdict(result))
+    output.result("\n".join(f"{topic:<14}{text}" for topic, text in result.rows), **dataclasses.asdict(result))
 
 
 def _train_here(

@@ -1,0 +1,81 @@
+"""Plans of steps on ranks that are not there, against what the engine must hold and send."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.runs import tiny
+from titan_core.config.catalog import recipes
+from titan_core.config.load import load
+from titan_core.jobs import plan
+
+INTENDED = {"llama3_debugmodel": 1, "llama3_1b": 1, "llama3_8b": 8}  # ranks
+
+
+def planned(folder: Any, world: int, **changes: Any) -> list[dict[str, Any]]:
+    settings = {"model.args.n_layers": 4, "training__local_batch_size": 4, "training__global_batch_size": 16, **changes}
+    return plan.run(tiny(folder, **settings), world, "cpu").ranks
+
+
+def sent(rank: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
+    return {(c["collective"], c["axis"]): (c["calls"], c["bytes"]) for c in rank["collectives"]}
+
+
+def test_fsdp_gathers_every_block_twice_a_microbatch_and_reduces_it_once_a_step(tmp_path) -> None:
+    (rank,) = planned(tmp_path, 2)
+    blocks, microbatches = 4, 2
+    found = sent(rank)
+    # the embedding, the last norm and the head stay gathered between forward and backward
+    assert found[("all-gather", "fsdp")][0] == microbatches * (2 * blocks + 1)
+    assert found[("reduce-scatter", "fsdp")] == (blocks + 1, 2 * rank["weights"])
+    assert rank["weights"] * 2 == rank["optimizer"]
+
+
+def test_sequence_parallelism_gathers_and_scatters_in_every_region(tmp_path) -> None:
+    (rank,) = planned(tmp_path, 2, parallelism__tensor_parallel_degree=2, training__global_batch_size=4)
+    regions, stream = 2 * 4, 4 * 32 * 32 * 4
+    found = sent(rank)
+    # forward: each region and the head gather, each region and the embedding scatter; the backward mirrors them
+    calls = 2 * (regions + 1)
+    assert found[("all-gather", "tensor")] == (calls, calls * stream)
+    assert found[("reduce-scatter", "tensor")] == (calls, calls * stream)
+
+
+def test_pipeline_stages_hold_the_whole_model_between_them(tmp_path) -> None:
+    first, last = planned(tmp_path, 2, parallelism__pipeline_parallel_degree=2, training__local_batch_size=16)
+    assert (first["blocks"], last["blocks"]) == (2, 2)
+    (one,) = planned(tmp_path, 1, training__local_batch_size=16)
+    assert first["parameters"] + last["parameters"] == one["parameters"]
+
+
+def test_everything_in_flight_at_once_is_most_for_gpipe(tmp_path) -> None:
+    settings = {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 16}
+    early, late = (
+        planned(tmp_path, 2, parallelism__pipeline_parallel_schedule=s, **settings) for s in ("1F1B", "GPipe")
+    )
+    assert late[0]["activations"] == 8 * early[0]["activations"]  # 16 microbatches instead of 2
+
+
+@pytest.mark.parametrize("name", INTENDED)
+def test_recipes_are_planned(name: str) -> None:
+    (rank,) = plan.run(load(name, []), INTENDED[name], "cuda").ranks
+    assert rank["ranks"] == INTENDED[name]
+    assert rank["weights"] + rank["optimizer"] < rank["peak"] < 80 << 30
+
+
+def test_every_recipe_has_an_intended_size() -> None:
+    assert {name for name in recipes() if name.startswith("llama3")} == set(INTENDED)
+
+
+def test_llama3_405b_on_512_ranks() -> None:
+    words = [
+        ("model.flavor", "405B"),
+        ("parallelism.tensor_parallel_degree", "8"),
+        ("activation_checkpoint.mode", "full"),
+    ]
+    (rank,) = plan.run(load("llama3_8b", words), 512, "cuda").ranks
+    assert rank["parameters"] == 792_755_456
+    assert sent(rank)[("all-gather", "fsdp")][0] == 2 * 126 + 1
+    assert rank["peak"] < 24 << 30
