@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from titan_core.declare.parameters import Attention, Parameter
+from titan_core.declare.weights import Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ class Family:
     `flavors` maps a name to a frozen dataclass of sizes, which has at least `vocab_size` and `max_seq_len`.
     `parameters(sizes)` lists every parameter, `attentions(sizes)` every attention layer, in forward order.
     `build(sizes)` makes the module on the current default device, with uninitialised weights. `blocks` are globs of
-    the modules that are checkpointed, compiled and sharded as units.
+    the modules that are checkpointed, compiled and sharded as units. `weights` maps to foreign checkpoints.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Family:
     attentions: Callable[[Any], Sequence[Attention]]
     build: Callable[[Any], nn.Module]
     blocks: tuple[str, ...]
+    weights: Weights | None = None
 
     def sizes(self, flavor: str, **changes: Any) -> Any:
         """Return the sizes of a flavor with some of them replaced."""

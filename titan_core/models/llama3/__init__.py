@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from titan_core.declare.family import Family
 from titan_core.models.llama3.flavors import FLAVORS, LlamaSizes
 from titan_core.models.llama3.parameters import attentions, parameters
+from titan_core.models.llama3.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from titan_core.models.llama3.model import Llama3
@@ -25,4 +26,5 @@ FAMILY = Family(
     attentions=attentions,
     build=_build,
     blocks=("layers.*",),
+    weights=WEIGHTS,
 )
