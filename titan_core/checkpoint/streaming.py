@@ -6,7 +6,8 @@ import hashlib
 import io
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from titan_core.checkpoint.local import LocalStorage
 from titan_core.checkpoint.manifest import Manifest
 from titan_core.checkpoint.places import split
 from titan_core.checkpoint.reader import Reader
@@ -150,14 +152,24 @@ class _Window(io.RawIOBase):
         return count
 
 
+class _Unsynced:
+    """A folder whose files are not waited for: whoever writes many syncs them together, before the commit."""
+
+    def __init__(self, storage: LocalStorage) -> None:
+        self._root = Path(storage.root)
+
+    def open(self, path: str, mode: str) -> Any:
+        return (self._root / path).open(mode, buffering=1 << 20)
+
+
 class StepSink:
-    """A step that is written in jobs: each has a data file of its own, and the commit is that of any other step.
+    """A step in a folder, written in jobs: each has a data file of its own, and the commit is that of any other step.
 
     `jobs` are (number, file, slabs, bytes); see `interop.stream`, which this serves.
     """
 
     def __init__(
-        self, storage: Storage, step: int, index: Index, jobs: Sequence[Any], texts: Mapping[str, bytes]
+        self, storage: LocalStorage, step: int, index: Index, jobs: Sequence[Any], texts: Mapping[str, bytes]
     ) -> None:
         self.storage = storage
         self.step = step
@@ -170,7 +182,7 @@ class StepSink:
 
     def write(self, job: Any, pieces: Iterator[tuple[Any, Tensor]]) -> dict[str, Any]:
         """Write a data file; the record says where in it each slab lies, with its hash."""
-        writer = Writer(self.storage, self.storage.pending(self.step), job.number)
+        writer = Writer(cast(Storage, _Unsynced(self.storage)), self.storage.pending(self.step), job.number)
         placed = writer.write_pieces((slab.name, slab.start, tensor) for slab, tensor in pieces)
         hashes = writer.pieces.get(writer.file_name, {})
         info = [result.storage_data for result in placed]

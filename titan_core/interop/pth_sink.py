@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +54,6 @@ class PthSink:
             writer.write(slab.name.removeprefix(prefix), tensor)
             sums.append(zlib.crc32(bytes_view(tensor)))
         writer.close()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         return {"crc": sums}
 
     def check(self, job: Job, record: dict[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ class Sink(Protocol):
         ...
 
     def write(self, job: Job, pieces: Pieces) -> dict[str, Any]:
-        """Do a job; what is written is on the disk when it returns. The record (JSON) is for `check` and `finish`."""
+        """Do a job. The record (JSON) is for `check` and `finish`. What is written need not be on the disk yet."""
         ...
 
     def check(self, job: Job, record: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from titan_core.jobs.foreign import Opened, open_weights
 from titan_core.jobs.partial import Partial
 from titan_core.runtime.errors import CheckpointError, RunFailed, UsageError
 from titan_core.runtime.events import Listener, Note, Planned, Progress, silent
+from titan_core.runtime.host_memory import keep_freed_memory
 
 Route = Literal["hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf"]
 ROUTES: tuple[Route, ...] = ("hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf")
@@ -80,6 +82,7 @@ def run(
     """
     ranks, options = ranks or Ranks.present(), options or Options()
     began = time.perf_counter()
+    keep_freed_memory()
     opened = ranks.agree(lambda: _open(route, source, options), source)
     view = ranks.agree(lambda: _view(route, opened, options), source)
     partial, sink = ranks.agree(lambda: _sink(route, opened, view, target, options), target)
@@ -90,18 +93,17 @@ def run(
         if ranks_free < total and not partial.folder.exists():
             raise RunFailed(f"{total:,} bytes are needed, {ranks_free:,} are free", where=str(partial.folder.parent))
     resumed = ranks.agree(lambda: partial.begin() if ranks.is_main else False, target, share=True)
-    known = ranks.agree(partial.done if resumed else dict, target)
     ours = stream.share(sink.jobs, ranks.rank, ranks.size)
+    known = ranks.agree(lambda: _sound(sink, ours, partial) if resumed else {}, target)
     todo = [job for job in ours if job.number not in known]
     try:
         ranks.agree(lambda: sink.prepare() if ranks.is_main else None, target)
-        kept = sum(job.num_bytes for job in sink.jobs if job.number in known)
+        kept = sum(ranks.gather(sum(job.num_bytes for job in ours if job.number in known), target))
         if kept and ranks.is_main:
             listener(Note(f"going on: {kept:,} of {total:,} bytes are there"))
-        records = ranks.agree(lambda: _work(view, sink, todo, partial, ranks, listener), target)
-        for found in ranks.gather(records, target):
-            known.update(found)
+        known |= ranks.agree(lambda: _work(view, sink, todo, partial, ranks, listener), target)
         verify_seconds = _verify(sink, ours, known, ranks, listener) if options.verify else None
+        known = {number: record for found in ranks.gather(known, target) for number, record in found.items()}
         ranks.agree(lambda: _finish(sink, known, partial) if ranks.is_main else None, target)
     except Exception:
         if ranks.is_main:
@@ -237,6 +239,17 @@ def _fingerprint(route: Route, opened: Opened, index: Index, jobs: Any) -> str:
 # ---------------------------------------------------------------------------------------------- the work
 
 
+def _sound(sink: Any, jobs: list[stream.Job], partial: Partial) -> dict[int, dict[str, Any]]:
+    """Return the records of the jobs that a killed call did, and whose bytes are there as it wrote them."""
+    found = partial.done()
+    sound: dict[int, dict[str, Any]] = {}
+    for job in jobs:
+        with contextlib.suppress(CheckpointError, OSError, KeyError, ValueError):
+            if job.number in found and not sink.check(job, found[job.number]):
+                sound[job.number] = found[job.number]
+    return sound
+
+
 def _work(
     view: Source, sink: Any, todo: list[stream.Job], partial: Partial, ranks: Ranks, listener: Listener
 ) -> dict[int, dict[str, Any]]:
@@ -288,6 +301,7 @@ def _counter(what: str, jobs: list[stream.Job], ranks: Ranks, listener: Listener
 def _finish(sink: Any, records: dict[int, dict[str, Any]], partial: Partial) -> None:
     if isinstance(sink, StepSink):
         partial.drop_journal()
+        partial.sync()
         sink.finish(records)  # which commits
         partial.release()
         return

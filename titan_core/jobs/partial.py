@@ -56,13 +56,11 @@ class Partial:
         return found
 
     def record(self, rank: int, job: int, record: dict[str, Any]) -> None:
-        """Note that a job is done. What it wrote must be on the disk."""
+        """Note that a job is done. Its bytes may be lost with the power: they are checked before they are relied on."""
         path = self.folder / "journal" / f"{rank}.jsonl"
         with path.open("a") as file:
             file.write("\n" if file.tell() and not _ends_line(path) else "")
             file.write(json.dumps({"job": job, "record": record}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def drop_journal(self) -> None:
         """Remove the journal: nothing of it belongs into the result."""
@@ -70,13 +68,17 @@ class Partial:
 
     def commit(self) -> None:
         """Put the folder in its place."""
+        self.sync()
+        self.folder.rename(self.target)
+        self._release()
+
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
         for folder, _, names in os.walk(self.folder):
             for name in (*names, "."):
                 handle = os.open(os.path.join(folder, name), os.O_RDONLY)
                 os.fsync(handle)
                 os.close(handle)
-        self.folder.rename(self.target)
-        self._release()
 
     def abandon(self) -> None:
         """Remove everything."""
