@@ -55,7 +55,7 @@ def test_a_rule_that_is_broken_is_named_with_its_flag(name: str) -> None:
 
 
 def test_what_is_not_supported_yet_is_one_problem_with_every_place() -> None:
-    words = ["parallelism.tensor_parallel_degree=2", "model.converters=float8", "fault_tolerance.enable"]
+    words = ["parallelism.expert_parallel_degree=2", "model.converters=float8", "fault_tolerance.enable"]
     (found,) = check(load(None, flags(words)))
     for word in words:
         assert f"(--{word.partition('=')[0]})" in found.message
@@ -71,10 +71,12 @@ def test_the_table_of_unsupported_keys_accepts_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("world", "words", "said", "advised"),
     [
-        (5, ["parallelism.data_parallel_replicate_degree=2"], "5 ranks cannot be", "replicate 1 x shard 5"),
-        (8, ["parallelism.data_parallel_shard_degree=3"], "8 ranks cannot be", "replicate 1 x shard 8"),
-        (8, ["parallelism.data_parallel_shard_degree=0"], "8 ranks cannot be", "replicate"),
-        (4, ["parallelism.data_parallel_shard_degree=2"], "4 ranks cannot be", "replicate"),
+        (5, ["parallelism.data_parallel_replicate_degree=2"], "5 ranks do not divide", "`fsdp 5` or `replicate 5`"),
+        (5, ["parallelism.tensor_parallel_degree=2"], "5 ranks do not divide", "`fsdp 5` or `tensor 5`"),
+        (8, ["parallelism.pipeline_parallel_degree=3"], "8 ranks do not divide", "`pipeline 2 x fsdp 4`"),
+        (8, ["parallelism.data_parallel_shard_degree=3"], "8 ranks do not divide", "`fsdp 8`"),
+        (8, ["parallelism.data_parallel_shard_degree=0"], "8 ranks do not divide", "`fsdp 8`"),
+        (4, ["parallelism.data_parallel_shard_degree=2"], "4 ranks do not divide", "`fsdp 4`"),
         (3, ["training.global_batch_size=32"], "does not divide into", "24 or 48"),
         (8, ["training.global_batch_size=32"], "does not divide into", "64"),
     ],

@@ -25,7 +25,7 @@ def built(config, size: int) -> tuple[torch.nn.Module, Family, object]:
     family, sizes = resolve(config.model)
     world = World(size=size, rank=torch.distributed.get_rank() if size > 1 else 0)
     mesh = Mesh(Layout.of(config.parallelism, size), "cpu", world.rank)
-    return build_model(config, world, mesh, family, sizes, 0)[0], family, sizes
+    return build_model(config, world, mesh, family, sizes, 0, 8).models[0], family, sizes
 
 
 def _local_bytes(config, size: int) -> tuple[int, int]:
@@ -73,7 +73,7 @@ def saved_bytes(config) -> int:
 
     tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.hidden(tokens)  # type: ignore[operator]
+        model.hidden(tokens, torch.arange(tokens.shape[1]))  # type: ignore[operator]
     return sum(storage.nbytes() for storage in held.values())
 
 
@@ -116,7 +116,8 @@ def kept_by_fsdp(config, size: int, microbatches: int) -> tuple[int, int]:
     family, sizes = resolve(config.model)
     world = World(size=size, rank=torch.distributed.get_rank() if size > 1 else 0)
     mesh = Mesh(Layout.of(config.parallelism, size), "cpu", world.rank)
-    _, task, parallel, _ = build_model(config, world, mesh, family, sizes, 0)
+    built = build_model(config, world, mesh, family, sizes, 0, 8)
+    task, parallel = built.task, built.parallel
     tokens = torch.zeros(config.training.local_batch_size, config.training.seq_len, dtype=torch.long)
     batch = Batch(tokens, tokens, torch.zeros_like(tokens, dtype=torch.int32))
     states = [m._get_fsdp_state() for m in task.modules() if isinstance(m, FSDPModule)]

@@ -179,7 +179,7 @@ def test_document_masks_hide_other_documents() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, -1, -1]])
     q, k, v = (random(2, 8, h, 8, seed=h) for h in (4, 2, 2))
     visible = (documents[:, :, None] == documents[:, None, :]) & torch.ones(8, 8, dtype=torch.bool).tril()
-    found = attention(q, k, v, document_mask(documents))
+    found = attention(q, k, v, document_mask(documents, torch.arange(documents.shape[1])))
     assert close(found, slow_attention(q, k, v, visible[:, None]), torch.float32)
     alone = attention(q[:1, 3:5], k[:1, 3:5], v[:1, 3:5], CAUSAL)
     assert close(found[:1, 3:5], alone, torch.float32)

@@ -7,22 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_core.config.fields import fields, get
+from titan_core.config.layout import KEYS, Layout
 from titan_core.config.load import Resolved
 from titan_core.config.schema import Config
 from titan_core.config.values import shown, toml_value
-from titan_core.runtime.errors import Problem
+from titan_core.runtime.errors import Problem, UsageError
 
 # What this version does not do yet: key -> the only values that it accepts. A feature that arrives removes its line.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "parallelism.tensor_parallel_degree": (1,),
-    "parallelism.context_parallel_degree": (1,),
-    "parallelism.pipeline_parallel_degree": (1,),
     "parallelism.expert_parallel_degree": (1,),
     "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.enable_async_tensor_parallel": (False,),
     "parallelism.enable_compiled_autograd": (False,),
-    "parallelism.module_fqns_per_model_part": (None,),
-    "parallelism.pipeline_parallel_layers_per_stage": (None,),
     "model.converters": ([],),
     "optimizer.early_step_in_backward": (False,),
     "job.custom_config_module": ("",),
@@ -189,24 +185,13 @@ def _foreign(config: Config) -> Iterator[Problem]:
 
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     """Do the degrees multiply to the number of ranks, and does the batch divide over them?"""
-    parallel = config.parallelism
-    replicate, shard = parallel.data_parallel_replicate_degree, parallel.data_parallel_shard_degree
-    fixed = replicate * (1 if shard == -1 else shard)
-    if shard == 0 or world_size % fixed or (shard != -1 and fixed != world_size):
-        near = sorted(
-            ((r, world_size // r) for r in range(1, world_size + 1) if world_size % r == 0),
-            key=lambda pair: abs(pair[0] - replicate),
-        )
-        tries = " or ".join(f"replicate {r} x shard {s}" for r, s in near[:2])
-        which = "replicate" if shard == -1 else "shard"
-        yield Problem(
-            f"parallelism.data_parallel_{which}_degree",
-            f"{world_size} ranks cannot be parallelism.data_parallel_replicate_degree {replicate} x "
-            f"data_parallel_shard_degree {shard}",
-            tip=f"try {tries}",
-        )
+    try:
+        layout = Layout.of(config.parallelism, world_size)
+    except UsageError as error:
+        key = "parallelism.data_parallel_shard_degree"
+        yield Problem(_degree(config, key), error.message, tip=error.tip)
         return
-    unit = config.training.local_batch_size * world_size
+    unit = config.training.local_batch_size * layout.dp
     rows = config.training.global_batch_size
     if rows > 0 and rows % unit:
         below, above = rows // unit * unit, -(-rows // unit) * unit
@@ -214,9 +199,16 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
         yield Problem(
             "training.global_batch_size",
             f"training.global_batch_size {rows} does not divide into training.local_batch_size "
-            f"{config.training.local_batch_size} x {world_size} data-parallel ranks",
+            f"{config.training.local_batch_size} x {layout.dp} data-parallel ranks",
             tip=f"try {nearest}, or another training.local_batch_size",
         )
+
+
+def _degree(config: Config, key: str) -> str:
+    """Return the key of the degree that is most likely wrong: the largest one that somebody set."""
+    asked = {f"parallelism.{name}": getattr(config.parallelism, name) for name in KEYS.values()}
+    largest = max(asked, key=lambda name: asked[name])
+    return largest if asked[largest] > 1 else key
 
 
 def _placed(problem: Problem, resolved: Resolved) -> Problem:

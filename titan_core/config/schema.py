@@ -201,10 +201,16 @@ class Parallelism:
     """Compile the backward of DDP."""
     data_parallel_shard_degree: AutoDegree = -1
     """Ranks over which parameters are sharded (FSDP2); -1: the ranks that are left."""
+    data_parallel_backend: Literal["fsdp2", "simple"] = "fsdp2"
+    """How parameters are sharded: torch's FSDP2, or views that a whole-graph compile sees through."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """When gathered parameters are freed: `default` frees after the forward unless pipelining."""
+    fsdp_prefetch: NonNegative = 1
+    """Blocks whose parameters are gathered ahead of the one that computes."""
     tensor_parallel_degree: Positive = 1
     """Ranks over which each matrix is split."""
+    enable_sequence_parallel: bool = True
+    """Split the residual stream along the sequence between tensor-parallel regions."""
     disable_loss_parallel: bool = False
     """Gather the logits before the loss."""
     enable_async_tensor_parallel: bool = False
@@ -219,7 +225,15 @@ class Parallelism:
     """Layers that the output counts for."""
     pipeline_parallel_layers_per_stage: Positive | None = None
     """Layers a stage; unset: one stage a rank (two for schedules with several)."""
-    pipeline_parallel_schedule: str = "1F1B"
+    pipeline_parallel_schedule: Literal[
+        "1F1B",
+        "GPipe",
+        "Interleaved1F1B",
+        "LoopedBFS",
+        "InterleavedZeroBubble",
+        "ZBVZeroBubble",
+        "DualPipeV",
+    ] = "1F1B"
     """Pipeline schedule."""
     pipeline_parallel_schedule_csv: str | None = ""
     """File with a schedule of your own."""
@@ -227,8 +241,8 @@ class Parallelism:
     """Sequences a pipeline microbatch."""
     context_parallel_degree: Positive = 1
     """Ranks over which the sequence is split."""
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """How keys and values travel."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall", "heads"] = "allgather"
+    """How ranks meet each other's keys: gather all, pass them round the ring, or exchange tokens for heads."""
     expert_parallel_degree: Positive = 1
     """Ranks over which experts are split."""
     expert_tensor_parallel_degree: Positive = 1

@@ -34,11 +34,17 @@ _MODULUS = 1 << 64
 @dataclass(frozen=True)
 class Batch:
     """Rows of tokens (B, T) int64, what follows them (B, T) int64, -100 where nothing counts, and document numbers
-    (B, T) int32, -1 for padding."""
+    (B, T) int32, -1 for padding.
+
+    Where rows are cut, `documents` stay whole, `positions` (T) say which tokens of the rows these are, and `queries`
+    which of them a mask is for; None is all, in order.
+    """
 
     tokens: Tensor
     labels: Tensor
     documents: Tensor
+    positions: Tensor | None = None
+    queries: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device without waiting for it."""

@@ -78,7 +78,7 @@ def decode(
         if all(_finished(c, n, position, max_new_tokens) for c, n in zip(found, lengths, strict=True)):
             break
         if position < limit:
-            hidden = model.hidden(ids[:, None], cache=cache)  # pyright: ignore[reportCallIssue]
+            hidden = _hidden(model, ids[:, None], cache)
             logits = _head(model, hidden[:, -1])
     return found
 
@@ -116,7 +116,7 @@ def _prefill(
     logits = tokens_BT.new_zeros(0)
     for start in range(0, tokens_BT.shape[1], _PREFILL):
         piece = tokens_BT[:, start : start + _PREFILL]
-        hidden = model.hidden(piece, cache=cache)  # pyright: ignore[reportCallIssue]
+        hidden = _hidden(model, piece, cache)
         if found is not None:
             for offset in range(piece.shape[1]):
                 if start + offset + 1 < tokens_BT.shape[1]:
@@ -132,6 +132,14 @@ def _note_prompt(found: list[Continuation], logits: Tensor, ids: Tensor, positio
     for row, continuation in enumerate(found):
         if position < lengths[row]:
             continuation.prompt_log_probs.append(log_probs[row])
+
+
+def _hidden(model: nn.Module, tokens_BT: Tensor, cache: KVCache) -> Tensor:
+    """Run the model on the next tokens of every row."""
+    positions = cache.positions(tokens_BT.shape[1], tokens_BT.device)
+    hidden = model.hidden(tokens_BT, positions, cache=cache)  # pyright: ignore[reportCallIssue]
+    cache.advance(tokens_BT.shape[1])
+    return hidden
 
 
 def _head(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def run(
         _record_start(loggers, parts.config, trainer, restored)
         tell(Planned(_plan(parts)))
         if config.model.print_after_conversion:
-            tell(Note(f"the model:\n{parts.model}"))
+            for model in parts.models:
+                tell(Note(f"the model:\n{model}"))
         if config.checkpoint.create_seed_checkpoint:
             trainer.save(blocking=True)
             result = trainer._result(None)

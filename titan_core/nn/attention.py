@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_core.nn.cpu_attention import causal_attention
 
@@ -19,27 +19,44 @@ from titan_core.nn.cpu_attention import causal_attention
 class Mask:
     """Which keys a query sees besides causality, in the form that the device computes with.
 
-    `dense` is a boolean (B, 1, T, S) for SDPA, `blocks` a flex BlockMask. With neither, attention is plain causal.
+    `dense` is a boolean (B, 1, T, S) for SDPA, `blocks` a flex BlockMask, `documents` (B, S) the numbers of which both
+    were made. With none of them, attention is plain causal.
     """
 
     dense: Tensor | None = None
     blocks: Any = None
+    documents: Tensor | None = None
 
 
 CAUSAL = Mask()
 
 
-def document_mask(documents_BT: Tensor) -> Mask:
+def document_mask(documents_BS: Tensor, queries_T: Tensor) -> Mask:
     """Build the mask that lets a token see earlier tokens of its own document only.
 
-    `documents_BT` holds document numbers, -1 for padding. On a GPU it is a flex block mask, which skips whole blocks;
-    elsewhere, where flex attention has no backward, a boolean tensor.
+    `documents_BS` holds document numbers, -1 for padding; `queries_T` the positions of the queries among the S tokens.
+    On a GPU it is a flex block mask, which skips whole blocks; elsewhere, where flex attention has no backward, a
+    boolean tensor.
     """
-    if documents_BT.device.type == "cuda":
-        return Mask(blocks=_block_mask(documents_BT))
-    num_tokens = documents_BT.shape[1]
-    same = documents_BT[:, :, None] == documents_BT[:, None, :]
-    return Mask(dense=(same & _causal(num_tokens, num_tokens, documents_BT.device))[:, None])
+    if documents_BS.device.type == "cuda":
+        return Mask(blocks=_block_mask(documents_BS, queries_T), documents=documents_BS)
+    keys_S = torch.arange(documents_BS.shape[1], device=documents_BS.device)
+    return Mask(dense=visible(documents_BS, queries_T, keys_S)[:, None], documents=documents_BS)
+
+
+def visible(documents_BS: Tensor, queries_T: Tensor, keys_K: Tensor) -> Tensor:
+    """Return which keys each query sees, by the positions of both in their rows: boolean (B, T, K)."""
+    queries_T, keys_K = queries_T.to(documents_BS.device), keys_K.to(documents_BS.device)
+    same = documents_BS[:, queries_T, None] == documents_BS[:, None, keys_K]
+    return same & (queries_T[:, None] >= keys_K)
+
+
+class Attention(nn.Module):
+    """`attention` as a module without weights: a place in a model that engines can find by its name."""
+
+    def forward(self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Tensor:
+        """Return (B, T, H, C)."""
+        return attention(q_BTHC, k_BSKC, v_BSKC, mask)
 
 
 def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Tensor:
@@ -76,14 +93,15 @@ def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def _block_mask(documents_BT: Tensor) -> Any:
+def _block_mask(documents_BS: Tensor, queries_T: Tensor) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def visible(b: Tensor, _h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (q >= kv) & (documents_BT[b, q] == documents_BT[b, kv])
+    def sees(b: Tensor, _h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        position = queries_T[q]
+        return (position >= kv) & (documents_BS[b, position] == documents_BS[b, kv])
 
-    batch, num_tokens = documents_BT.shape
-    return create_block_mask(visible, batch, None, num_tokens, num_tokens, device=documents_BT.device, _compile=True)
+    batch, num_keys = documents_BS.shape
+    return create_block_mask(sees, batch, None, queries_T.shape[0], num_keys, device=documents_BS.device, _compile=True)
 
 
 def _compiled_flex() -> Any:

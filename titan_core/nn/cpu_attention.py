@@ -31,7 +31,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKW: Tensor) -> Tensor:
         ctx.heads, ctx.groups = q_BTHC.shape[2], q_BTHC.shape[2] // k_BTKC.shape[2]
         ctx.scale = 1 / math.sqrt(q_BTHC.shape[-1])
-        q, k, v = _rows(q_BTHC * ctx.scale, ctx.groups), _rows(k_BTKC, 1), _rows(v_BTKW, 1)
+        q, k, v = rows_of(q_BTHC * ctx.scale, ctx.groups), rows_of(k_BTKC, 1), rows_of(v_BTKW, 1)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         keep = q.shape[0] * q.shape[1] * k.shape[1] // 2 <= _KEEP
         kept = []
@@ -42,13 +42,13 @@ class _CausalAttention(torch.autograd.Function):
             if keep:
                 kept.append(probs)
         ctx.save_for_backward(q, k, v, *kept)
-        return _heads(out, q_BTHC.shape[0], ctx.groups)
+        return heads_of(out, q_BTHC.shape[0], ctx.groups)
 
     @staticmethod
     def backward(ctx, grad_BTHW: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, *kept = ctx.saved_tensors
         batch = grad_BTHW.shape[0]
-        grad = _rows(grad_BTHW, ctx.groups)
+        grad = rows_of(grad_BTHW, ctx.groups)
         grad_q = torch.empty_like(q)
         grad_k = torch.zeros(k.shape, dtype=torch.float32)  # summed over blocks
         grad_v = torch.zeros(v.shape, dtype=torch.float32)
@@ -61,8 +61,8 @@ class _CausalAttention(torch.autograd.Function):
             )
             grad_q[:, rows] = slope @ k[:, :stop]
             grad_k[:, :stop] += slope.transpose(1, 2) @ q[:, rows]
-        back_k, back_v = (_heads(x.to(q.dtype), batch, 1) for x in (grad_k, grad_v))
-        return _heads(grad_q.mul_(ctx.scale), batch, ctx.groups), back_k, back_v
+        back_k, back_v = (heads_of(x.to(q.dtype), batch, 1) for x in (grad_k, grad_v))
+        return heads_of(grad_q.mul_(ctx.scale), batch, ctx.groups), back_k, back_v
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, groups: int) -> Tensor:
@@ -74,15 +74,15 @@ def _probabilities(q: Tensor, k: Tensor, start: int, groups: int) -> Tensor:
     return scores.softmax(-1)
 
 
-def _rows(x_BTHC: Tensor, groups: int) -> Tensor:
+def rows_of(x_BTHC: Tensor, groups: int) -> Tensor:
     """Return (B, T, K * G, C) as (B * K, T * G, C): the heads of a group are neighbouring rows."""
     batch, tokens, heads, width = x_BTHC.shape
     x = x_BTHC.view(batch, tokens, heads // groups, groups, width).permute(0, 2, 1, 3, 4)
     return x.reshape(batch * heads // groups, tokens * groups, width)
 
 
-def _heads(x: Tensor, batch: int, groups: int) -> Tensor:
-    """Undo `_rows`."""
+def heads_of(x: Tensor, batch: int, groups: int) -> Tensor:
+    """Undo `rows_of`."""
     x = x.view(batch, x.shape[0] // batch, x.shape[1] // groups, groups, x.shape[-1])
     return x.permute(0, 2, 1, 3, 4).flatten(2, 3)
 

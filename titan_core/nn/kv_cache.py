@@ -45,6 +45,10 @@ class KVCache:
         """Return the cache of one layer."""
         return self._layers[index]
 
+    def positions(self, tokens: int, device: torch.device) -> Tensor:
+        """Return the positions of the next `tokens` tokens, (T)."""
+        return torch.arange(self.length, self.length + tokens, device=device)
+
     def advance(self, tokens: int) -> None:
         """Count tokens as stored, after every layer has appended them."""
         self.length += tokens

@@ -24,22 +24,32 @@ LossAndSlope = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, inner: LossAndSlope | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    inner: LossAndSlope | None = None,
+    *,
+    backward_twice: bool = False,
 ) -> Tensor:
     """Return the sum over rows of -log softmax(hidden @ weight.T)[label], fp32; rows labelled -100 count nothing.
 
     Computes in the dtype of `hidden_ND`, with the softmax in fp32. Differentiable in `hidden_ND` and `weight_VD`.
-    `inner` replaces `loss_and_slope`, e.g. by its compiled form.
+    `inner` replaces `loss_and_slope`, e.g. by its compiled form, or by one for a vocabulary of which `weight_VD` is
+    only a part. `backward_twice` keeps the gradients when they have been asked for once, for schedules that ask for
+    those of inputs and of weights one after the other; it costs a copy.
     """
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
         if inner is None:
             inner = _blockwise if hidden_ND.device.type == "cpu" else loss_and_slope
-        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, inner)
+        return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N, inner, backward_twice)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     weight = weight_VD.to(hidden_ND.dtype)
     for rows in _slices(hidden_ND.shape[0], _CHUNK // weight.shape[0]):
-        logits = (hidden_ND[rows] @ weight.T).float()
-        total += F.cross_entropy(logits, labels_N[rows], ignore_index=IGNORE, reduction="sum")
+        logits = hidden_ND[rows] @ weight.T
+        if inner is None:
+            total += F.cross_entropy(logits.float(), labels_N[rows], ignore_index=IGNORE, reduction="sum")
+        else:
+            total += inner(logits, labels_N[rows])[0]
     return total
 
 
@@ -47,7 +57,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward; the backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, inner: LossAndSlope) -> Tensor:
+    def forward(
+        ctx, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, inner: LossAndSlope, twice: bool
+    ) -> Tensor:
         weight = weight_VD.to(hidden_ND.dtype)
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight: Tensor | None = None
@@ -61,13 +73,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         assert grad_weight is not None
         # Not saved for the backward but handed to it: autograd then takes the buffers as gradients without a copy
         ctx.gradients = grad_hidden, grad_weight.to(weight_VD.dtype)
+        ctx.twice = twice
         return total
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.gradients
+        if ctx.twice:
+            return grad_hidden * grad, grad_weight * grad, None, None, None
         del ctx.gradients
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
 
 
 def loss_and_slope(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_core.config.schema import Config
+from titan_core.parallel import simple_fsdp
 from titan_core.parallel.mesh import Layout, Mesh
 
-Kind = Literal["none", "ddp", "fsdp"]
+Kind = Literal["none", "ddp", "fsdp", "simple"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def kind_of(layout: Layout, cpu_offload: bool) -> Kind:
-    """Say which form a layout takes. Host offload is FSDP's, so it needs FSDP even on one device."""
-    if layout.dp_shard > 1 or cpu_offload:
-        return "fsdp"
-    return "ddp" if layout.dp_replicate > 1 else "none"
+def kind_of(layout: Layout, config: Config) -> Kind:
+    """Say which form a layout takes.
+
+    Host offload is FSDP's, so it needs FSDP even on one device; DDP does not know parameters that are split in other
+    ways, so replicas of those are FSDP with one shard.
+    """
+    alone = layout.dp * layout.cp == 1
+    if alone and not config.training.enable_cpu_offload:
+        return "none"
+    if config.parallelism.data_parallel_backend == "simple":
+        return "simple"
+    only_replicas = layout.dp_replicate == layout.world_size and not config.training.enable_cpu_offload
+    return "ddp" if only_replicas else "fsdp"
 
 
 @dataclass
 class DataParallel:
-    """A laid-out task: `module` is what the trainer calls."""
+    """A laid-out module: what it is called with is a batch, or for a stage of a pipeline a stream and a batch."""
 
     module: nn.Module
     kind: Kind
     degree: int
-
-    @property
-    def loss_scale(self) -> int:
-        """Gradients are averaged over ranks; a loss is a sum: multiply it by this before the backward."""
-        return self.degree
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -44,17 +48,32 @@ class DataParallel:
             module: Any = self.module
             module.set_requires_gradient_sync(last)
             module.set_is_last_backward(last)
+        elif self.kind == "simple":
+            simple_fsdp.set_requires_gradient_sync(self.module, last)
         skip = self.kind == "ddp" and not last
         with self.module.no_sync() if skip else nullcontext():  # pyright: ignore[reportCallIssue]
             yield
 
+    def forward_backward(self, batches: Sequence[Any], scale: Tensor) -> Tensor:
+        """Add the gradients of scale times the sum of all losses, over all data ranks; return this rank's sum, fp32.
 
-def apply(task: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, config: Config) -> DataParallel:
-    """Shard or replicate a task. `blocks` become FSDP units; all the rest is one more unit."""
-    kind = kind_of(mesh.layout, config.training.enable_cpu_offload)
-    if kind == "fsdp":
-        _shard(task, blocks, mesh, config)
-    return DataParallel(task, kind, mesh.layout.dp)
+        Gradients are averaged over ranks while a loss is a sum: hence the factor.
+        """
+        total = torch.zeros((), device=scale.device)
+        for index, batch in enumerate(batches):
+            with self.accumulate(last=index == len(batches) - 1):
+                loss = self.module(batch)
+                (loss * (scale * self.degree)).backward()
+            total += loss.detach()
+        return total
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """Return the sum of the losses of this rank's part of a batch, fp32."""
+        return self.module(batch)
+
+    def modules(self) -> list[nn.Module]:
+        """Return what must be told of training and evaluation."""
+        return [self.module]
 
 
 def replicate(parallel: DataParallel, mesh: Mesh, device: torch.device) -> None:
@@ -69,23 +88,43 @@ def replicate(parallel: DataParallel, mesh: Mesh, device: torch.device) -> None:
         )
 
 
-def _shard(task: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, config: Config) -> None:
+def apply_views(module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, config: Config) -> None:
+    """Shard a module on the meta device by views."""
+    simple_fsdp.apply(module, blocks, mesh, *_dtypes(config))
+
+
+def apply_hooks(module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, config: Config) -> None:
+    """Shard a module on the meta device by FSDP2. `blocks` become its units; all the rest is one more unit."""
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    training = config.training
+    param_dtype, reduce_dtype = _dtypes(config)
     options: dict[str, Any] = {
         "mesh": mesh.fsdp,
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=DTYPES[training.mixed_precision_param],
-            reduce_dtype=DTYPES[training.mixed_precision_reduce],
+            param_dtype=param_dtype,
+            reduce_dtype=reduce_dtype,
             cast_forward_inputs=False,  # rotary tables and other fp32 inputs stay what they are
         ),
     }
-    if training.enable_cpu_offload:
+    if config.training.enable_cpu_offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    # "default" frees after the forward; it would keep only under pipelining, where a block runs many times a step
-    reshard = config.parallelism.fsdp_reshard_after_forward != "never"
+    policy = config.parallelism.fsdp_reshard_after_forward
+    # under pipelining a block runs many times a step, and would be gathered as often
+    reshard = policy == "always" or (policy == "default" and mesh.layout.pp == 1)
     for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
-    always = config.parallelism.fsdp_reshard_after_forward == "always"
-    fully_shard(task, reshard_after_forward=always, **options)
+    fully_shard(module, reshard_after_forward=policy == "always", **options)
+    _prefetch(blocks, config.parallelism.fsdp_prefetch)
+
+
+def _dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
+    return DTYPES[config.training.mixed_precision_param], DTYPES[config.training.mixed_precision_reduce]
+
+
+def _prefetch(blocks: Sequence[Any], ahead: int) -> None:
+    """Gather so many blocks ahead of the one that computes; one is what FSDP does by itself."""
+    if ahead == 1:
+        return
+    for order, prefetch in ((blocks, "forward"), (blocks[::-1], "backward")):
+        for number, block in enumerate(order):
+            getattr(block, f"set_modules_to_{prefetch}_prefetch")(list(order[number + 1 : number + 1 + ahead]))

@@ -1,80 +1,81 @@
-"""The device mesh: the only place that names its axes."""
+"""The device mesh: the only place that arranges ranks and names the axes between them."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from titan_core.config.schema import Parallelism
-from titan_core.runtime.errors import UsageError
+from titan_core.config.layout import AXES, Layout
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Degrees of parallelism with nothing left open; their product is the number of ranks."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-
-    @staticmethod
-    def of(config: Parallelism, world_size: int) -> Layout:
-        """Resolve the degrees of a config for a number of ranks; raises `UsageError` where they do not fit."""
-        replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-        if shard == -1:
-            shard = world_size // replicate
-        if shard < 1 or replicate * shard != world_size:
-            raise UsageError(
-                f"{world_size} ranks are not {replicate} replicas x {shard} shards",
-                where="parallelism.data_parallel_replicate_degree, .data_parallel_shard_degree",
-                tip=f"their product must be {world_size}; a shard degree of -1 takes the ranks that are left",
-            )
-        return Layout(replicate, shard)
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return math.prod((self.dp_replicate, self.dp_shard))
-
-    @property
-    def dp(self) -> int:
-        """Number of ranks that read different data."""
-        return self.dp_replicate * self.dp_shard
-
-    def __str__(self) -> str:
-        names = {"replicate": self.dp_replicate, "fsdp": self.dp_shard}
-        parts = [f"{name} {degree}" for name, degree in names.items() if degree > 1]
-        return " x ".join(parts) or "one device"
+__all__ = ["Layout", "Mesh"]
 
 
 class Mesh:
-    """The ranks arranged by a layout, with the sub-meshes that the engines ask for."""
+    """The ranks arranged by a layout, with the sub-meshes and groups that the engines ask for.
+
+    Parameters live on (pp, dp_replicate, fsdp, tp), where fsdp joins the shards and the pieces of a sequence; tokens on
+    (pp, dp_replicate, dp_shard, cp, tp). Both number the ranks alike.
+    """
 
     def __init__(self, layout: Layout, device_type: str, rank: int = 0) -> None:
         self.layout = layout
         self.device_type = device_type
-        self.dp_rank = rank % layout.dp
+        self.rank = rank
+        self.at = layout.coordinates(rank)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of the data this rank reads."""
+        return self.at["dp_replicate"] * self.layout.dp_shard + self.at["dp_shard"]
+
+    def seed_offset(self) -> int:
+        """Return a number that is the same for ranks that must draw the same: those of one tensor-parallel group."""
+        return self.rank // self.layout.tp
 
     @cached_property
-    def device_mesh(self) -> DeviceMesh:
-        """The whole mesh; needs the process groups."""
+    def parameters(self) -> DeviceMesh:
+        """Where parameters live; needs the process groups."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        shape = (self.layout.dp_replicate, self.layout.dp_shard)
-        return init_device_mesh(self.device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+        layout = self.layout
+        shape = (layout.pp, layout.dp_replicate, layout.fsdp, layout.tp)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))
+
+    @cached_property
+    def tokens(self) -> DeviceMesh:
+        """Where tokens live."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = tuple(getattr(self.layout, axis) for axis in AXES)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=AXES)
 
     @property
     def fsdp(self) -> DeviceMesh:
         """Where parameters are sharded: one axis for FSDP, (replicate, shard) for HSDP."""
         if self.layout.dp_replicate > 1:
-            return self.device_mesh["dp_replicate", "dp_shard"]
-        return self.device_mesh["dp_shard"]
+            return self.parameters["dp_replicate", "fsdp"]
+        return self.parameters["fsdp"]
 
     @property
     def replicate(self) -> DeviceMesh:
         """Where whole models are replicated (DDP)."""
-        return self.device_mesh["dp_replicate"]
+        return self.parameters["dp_replicate"]
+
+    @property
+    def tp(self) -> DeviceMesh:
+        """Where matrices are split."""
+        return self.parameters["tp"]
+
+    @cached_property
+    def cp_group(self) -> ProcessGroup:
+        """Who holds the other pieces of this rank's sequences."""
+        return self.tokens["cp"].get_group()
+
+    @cached_property
+    def pp_group(self) -> ProcessGroup:
+        """Who holds the other stages of this rank's model."""
+        return self.parameters["pp"].get_group()

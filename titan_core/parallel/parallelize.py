@@ -1,46 +1,95 @@
 """One engine that lays any family's model over a mesh: no model is named here.
 
-Order: activation checkpointing, then compilation of each block, then sharding; so that recomputation is compiled, and
-FSDP's gathers stay outside of what is compiled.
+Order: tensor and context parallelism, which decide what a rank computes; then activation checkpointing, then
+compilation of each block, then sharding; so that exchanges inside of a block are recomputed and compiled with it, and
+FSDP's gathers stay outside of what is compiled. Gathers by views are recomputed and compiled too, so they come first.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_core.config.schema import Compile, Config
+from titan_core.declare.family import Family
+from titan_core.declare.sharding import matches
 from titan_core.nn.layers import set_compute_dtype
-from titan_core.parallel import activation_checkpoint, data_parallel
+from titan_core.parallel import activation_checkpoint, context, data_parallel, pipeline, stages, tensor
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.mesh import Mesh
+from titan_core.parallel.stages import Cut
 
 
-def parallelize(task: nn.Module, blocks: Sequence[str], mesh: Mesh, config: Config) -> tuple[DataParallel, list[str]]:
-    """Lay out a task on the meta device. `blocks` are globs of module names, under `task.model`.
+class Parallel(Protocol):
+    """A laid-out model, whole or in stages."""
 
-    Returns the laid-out task and one line for each thing that was done.
-    """
-    model: nn.Module = task.get_submodule("model")
-    units = find(model, blocks)
+    def forward_backward(self, batches: Sequence[Any], scale: Tensor) -> Tensor:
+        """Add the gradients of scale times the sum of all losses; return this rank's sum of losses, fp32."""
+        ...
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """Return the sum of the losses of this rank's part of a batch, fp32; 0 where the loss is not computed."""
+        ...
+
+    def modules(self) -> list[nn.Module]:
+        """Return what must be told of training and evaluation."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model, or the piece of it that is one pipeline stage, before it is laid out: the bare module and its task."""
+
+    model: nn.Module
+    task: nn.Module
+    cut: Cut | None = None
+
+
+def parts_of(family: Family, sizes: Any, mesh: Mesh, config: Config) -> list[tuple[nn.Module, Cut | None]]:
+    """Build on the meta device what this rank holds of a model: all of it, or its pipeline stages."""
+    with torch.device("meta"):
+        model = family.build(sizes).to(DTYPES[config.training.dtype])
+        if mesh.layout.pp == 1:
+            return [(model, None)]
+        names = [name for name, _ in model.named_modules()]
+        every = stages.cuts(config.parallelism, family, names)
+        found: list[tuple[nn.Module, Cut | None]] = []
+        for stage in stages.owned(config.parallelism, every, mesh.at["pp"]):
+            piece = family.build(sizes).to(DTYPES[config.training.dtype])
+            pipeline.cut(piece, stage, family.sharding)
+            found.append((piece, stage))
+        return found
+
+
+def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple[DataParallel, list[str]]:
+    """Lay out one part on the meta device; returns it and one line for each thing that was done."""
+    model, parallel = part.model, config.parallelism
+    set_compute_dtype(model, DTYPES[config.training.mixed_precision_param])
+    if mesh.layout.tp > 1:
+        tensor.apply(model, family.sharding, mesh.tp, sequence=parallel.enable_sequence_parallel)
+    if mesh.layout.cp > 1:
+        context.apply(model, family.sharding, mesh, parallel.context_parallel_rotate_method)
+    units = find(model, family.blocks)
+    module = part.task if part.cut is None else pipeline.Stage(part.task, last=part.cut.last)
+    kind = data_parallel.kind_of(mesh.layout, config)
+    if kind == "simple":
+        data_parallel.apply_views(module, units, mesh, config)
     said = [f"recompute {activation_checkpoint.apply(units, config.activation_checkpoint)}"]
     if config.compile.enable and "model" in config.compile.components:
         _compile(units, config.compile)
         said.append(f"compile {len(units)} blocks ({config.compile.backend})")
-    set_compute_dtype(model, DTYPES[config.training.mixed_precision_param])
-    return data_parallel.apply(task, units, mesh, config), said
+    if kind == "fsdp":
+        data_parallel.apply_hooks(module, units, mesh, config)
+    return DataParallel(module, kind, mesh.layout.dp * mesh.layout.cp), said
 
 
 def find(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     """Return the modules whose names match a glob, `*` standing for one name, in order."""
-    return [
-        module
-        for name, module in model.named_modules()
-        if any(name.count(".") == pattern.count(".") and fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    ]
+    return [module for name, module in model.named_modules() if matches(name, patterns)]
 
 
 def _compile(units: Sequence[nn.Module], config: Compile) -> None:

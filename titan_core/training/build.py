@@ -14,13 +14,17 @@ from titan_core.data.loader import BatchLoader
 from titan_core.data.tokenizer import Tokenizer, load_tokenizer
 from titan_core.declare.family import Family
 from titan_core.models import resolve
-from titan_core.nn.loss import loss_and_slope
+from titan_core.nn.loss import LossAndSlope, loss_and_slope
 from titan_core.optim.build import build_optimizer
-from titan_core.parallel import data_parallel
+from titan_core.parallel import data_parallel, legal, pipeline
+from titan_core.parallel.context import Cutter
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.materialise import materialise
 from titan_core.parallel.mesh import Layout, Mesh
-from titan_core.parallel.parallelize import parallelize
+from titan_core.parallel.parallelize import Parallel, Part, parallelize, parts_of
+from titan_core.parallel.pipeline import Pipeline
+from titan_core.parallel.stages import SPLIT_BACKWARD, last_stage_rank
+from titan_core.parallel.tensor import loss_over_parts
 from titan_core.runtime import determinism
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
@@ -40,9 +44,10 @@ class Parts:
     seed: int
     global_batch: int
     tokenizer: Tokenizer
-    model: nn.Module
+    models: list[nn.Module]
     task: CausalLM
-    parallel: DataParallel
+    parallel: Parallel
+    cutter: Cutter
     optimizer: torch.optim.Optimizer
     loader: BatchLoader
     said: list[str]
@@ -55,7 +60,21 @@ class Parts:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by the names that the family declares."""
-        return dict(self.model.named_parameters())
+        return {name: p for model in self.models for name, p in model.named_parameters()}
+
+    @property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """The model's buffers by name."""
+        return {name: b for model in self.models for name, b in model.named_buffers()}
+
+    @property
+    def counts(self) -> bool:
+        """Does this rank's loss count?
+
+        Others have the same one, or none: one of each tensor-parallel group speaks for all, at the last pipeline stage.
+        """
+        at = self.mesh.at
+        return at["tp"] == 0 and at["pp"] == last_stage_rank(self.config.parallelism)
 
 
 def build(config: Config, world: World, listener: Listener, global_batch: int | None = None) -> Parts:
@@ -65,15 +84,17 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     seed = determinism.agree_on_seed(config.training.seed)
     if config.training.deterministic:
         determinism.use_deterministic_algorithms()
-    determinism.seed_all(seed, world.rank)
+    determinism.seed_all(seed, mesh.seed_offset())
     family, sizes = resolve(config.model)
+    wrong = legal.problems(config, layout, family, sizes)
+    if wrong:
+        raise ConfigError(wrong)
     tokenizer = load_tokenizer(config.model.hf_assets_path, listener)
     _check_vocabulary(tokenizer, sizes)
     rows = global_batch_size(config, layout, global_batch, listener)
-    model, task, parallel, said = build_model(config, world, mesh, family, sizes, seed)
-    parameters = dict(model.named_parameters())
-    declared = family.parameters(sizes)
-    optimizer = build_optimizer(parameters, declared, config.optimizer)
+    built = build_model(config, world, mesh, family, sizes, seed, rows)
+    parameters = {name: p for model in built.models for name, p in model.named_parameters()}
+    optimizer = build_optimizer(parameters, family.parameters(sizes), config.optimizer)
     loader = build_train_loader(
         config,
         tokenizer,
@@ -83,28 +104,79 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
         dp_size=layout.dp,
         listener=listener,
     )
+    cutter = Cutter(layout, mesh.at["cp"], config.parallelism.context_parallel_rotate_method)
     return Parts(
-        config, world, mesh, family, sizes, seed, rows, tokenizer, model, task, parallel, optimizer,
-        loader, said,
+        config, world, mesh, family, sizes, seed, rows, tokenizer, built.models, built.task, built.parallel, cutter,
+        optimizer, loader, built.said,
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Built:
+    """A laid-out model: its bare modules (one, or this rank's pipeline stages), the task, and how it runs."""
+
+    models: list[nn.Module]
+    task: CausalLM
+    parallel: Parallel
+    said: list[str]
+
+
 def build_model(
-    config: Config, world: World, mesh: Mesh, family: Family, sizes: Any, seed: int
-) -> tuple[nn.Module, CausalLM, DataParallel, list[str]]:
+    config: Config, world: World, mesh: Mesh, family: Family, sizes: Any, seed: int, global_batch: int
+) -> Built:
     """Build a model on the meta device, lay it out, and draw its weights."""
-    with torch.device("meta"):
-        model = family.build(sizes).to(DTYPES[config.training.dtype])
-    document_masks = getattr(sizes, "attention_mask", "causal") == "block_causal"
-    compiled = config.compile.enable and "loss" in config.compile.components
-    inner = torch.compile(loss_and_slope, backend=config.compile.backend) if compiled else None
-    task = CausalLM(model, document_masks=document_masks, inner_loss=inner)
-    parallel, said = parallelize(task, family.blocks, mesh, config)
-    said += ["compile the loss"] * compiled
-    host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
-    materialise(model, family.parameters(sizes), seed, host)
-    data_parallel.replicate(parallel, mesh, world.device)
-    return model, task, parallel, said
+    inner, said = _inner_loss(config, mesh, sizes)
+    laid: list[DataParallel] = []
+    parts = []
+    for model, cut in parts_of(family, sizes, mesh, config):
+        task = CausalLM(model, document_masks=_document_masks(sizes), inner_loss=inner)
+        task.backward_twice = cut is not None and config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+        parts.append(Part(model, task, cut))
+        stage, words = parallelize(parts[-1], family, mesh, config)
+        laid.append(stage)
+        said = words + said if len(parts) == 1 else said
+        host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
+        materialise(model, family.parameters(sizes), seed, host)
+        data_parallel.replicate(stage, mesh, world.device)
+    models: list[nn.Module] = [part.model for part in parts]
+    if mesh.layout.pp == 1:
+        return Built(models, parts[0].task, laid[0], said)
+    return Built(models, parts[-1].task, _join(config, world, mesh, sizes, parts, laid, global_batch), said)
+
+
+def _join(
+    config: Config, world: World, mesh: Mesh, sizes: Any, parts: list[Part], laid: list[DataParallel], rows: int
+) -> Pipeline:
+    """Make a pipeline of stages; what flows between them is this rank's part of the residual stream."""
+    layout, parallel = mesh.layout, config.parallelism
+    split = layout.tp if parallel.enable_sequence_parallel else 1
+    stream = pipeline.Stream(split, sizes.dim, DTYPES[config.training.mixed_precision_param])
+    micro = parallel.pipeline_parallel_microbatch_size
+    return pipeline.build(
+        laid,
+        [part.cut for part in parts if part.cut is not None],
+        mesh,
+        parallel,
+        microbatches=rows // (micro * layout.dp),
+        tokens=config.training.seq_len // layout.cp,
+        stream=stream,
+        device=world.device,
+    )
+
+
+def _inner_loss(config: Config, mesh: Mesh, sizes: Any) -> tuple[LossAndSlope | None, list[str]]:
+    """Return the loss of a few rows of logits, where it is another than the plain one: compiled, or over parts of the
+    vocabulary; and words about it."""
+    inner: LossAndSlope | None = None
+    if mesh.layout.tp > 1:
+        inner = loss_over_parts(sizes.vocab_size, mesh.tp, gather=config.parallelism.disable_loss_parallel)
+    if config.compile.enable and "loss" in config.compile.components:
+        return torch.compile(inner or loss_and_slope, backend=config.compile.backend), ["compile the loss"]
+    return inner, []
+
+
+def _document_masks(sizes: Any) -> bool:
+    return getattr(sizes, "attention_mask", "causal") == "block_causal"
 
 
 def global_batch_size(config: Config, layout: Layout, resumed: int | None, listener: Listener) -> int:

@@ -29,7 +29,7 @@ class Progress:
 def tensors(parts: Parts, *, model_only: bool = False) -> dict[str, Any]:
     """Return the live tensors by their checkpoint names: loading into them is loading the run."""
     named: dict[str, Any] = dict(parts.parameters)
-    named.update(parts.model.named_buffers())
+    named.update(parts.buffers)
     return named if model_only else {**named, **state_tensors(parts.optimizer)}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from titan_core.data.loader import Batch
 from titan_core.parallel.clip import clip_grad_norm
+from titan_core.parallel.stages import last_stage_rank
 from titan_core.training.build import Parts
 
 
@@ -34,17 +35,12 @@ def forward_backward(parts: Parts, read: Callable[[], Batch]) -> Outcome:
     batches give the number that one process would give.
     """
     parts.optimizer.zero_grad(set_to_none=True)
-    batches = [read().to(parts.world.device) for _ in range(parts.microbatches)]
+    batches = [parts.cutter(read().to(parts.world.device)) for _ in range(parts.microbatches)]
     weight = torch.stack([parts.task.weight(batch) for batch in batches]).sum().float()
-    total = _all_reduce(weight.clone(), parts)
-    scale = parts.parallel.loss_scale / total.clamp(min=1)
-    loss_sum = torch.zeros((), device=parts.world.device)
-    for index, batch in enumerate(batches):
-        with parts.parallel.accumulate(last=index == len(batches) - 1):
-            loss = parts.parallel.module(batch)
-            (loss * scale).backward()
-        loss_sum += loss.detach()
-    norm = clip_grad_norm(parts.model.parameters(), parts.config.training.max_norm)
+    total = _all_reduce(weight * parts.counts, parts)
+    loss_sum = parts.parallel.forward_backward(batches, 1 / total.clamp(min=1))
+    stages = parts.mesh.pp_group if parts.mesh.layout.pp > 1 else None
+    norm = clip_grad_norm(parts.parameters.values(), parts.config.training.max_norm, stages)
     return _agree(loss_sum, weight, norm, parts)
 
 
@@ -55,16 +51,21 @@ def _agree(loss_sum: Tensor, weight: Tensor, norm: Tensor, parts: Parts) -> Outc
     """
     mine = torch.stack((loss_sum, weight, norm.to(loss_sum.device)))
     everyone = mine[None]
-    if parts.mesh.layout.dp > 1:
-        everyone = mine.new_empty(parts.mesh.layout.dp, 3)
+    if parts.world.size > 1:
+        everyone = mine.new_empty(parts.world.size, 3)
         dist.all_gather(list(everyone.unbind()), mine)
     sums, weights, norms = everyone.double().cpu().unbind(1)
+    layout = parts.mesh.layout
+    stage = last_stage_rank(parts.config.parallelism)
+    sums, weights = (  # of the ranks whose loss counts, those of pieces of one sequence added
+        x.view(layout.pp, layout.dp, layout.cp, layout.tp)[stage, :, :, 0].sum(-1) for x in (sums, weights)
+    )
     means = sums / weights.clamp(min=1)
     loss = (sums.sum() / weights.sum().clamp(min=1)).item()
     return Outcome(loss, means.max().item(), norms[0].item(), int(weights.sum().item()))
 
 
 def _all_reduce(value: Tensor, parts: Parts) -> Tensor:
-    if parts.mesh.layout.dp > 1:
+    if parts.world.size > 1:
         dist.all_reduce(value)
     return value

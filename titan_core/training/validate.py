@@ -38,21 +38,24 @@ class Validator:
         `stopping` is asked after every batch, on every rank, and says why to stop or None.
         """
         began = time.perf_counter()
-        module = self.parts.parallel.module
+        modules = self.parts.parallel.modules()
         totals = torch.zeros(2, dtype=torch.float64, device=self.parts.world.device)
         reason = None
-        module.eval()
+        for module in modules:
+            module.eval()
         for batch in self.slice:
-            batch = batch.to(self.parts.world.device)
-            totals[0] += module(batch)
+            batch = self.parts.cutter(batch.to(self.parts.world.device))
+            totals[0] += self.parts.parallel.evaluate(batch)
             totals[1] += self.parts.task.weight(batch)
             reason = stopping()
             if reason is not None:
                 break
-        module.train()
+        for module in modules:
+            module.train()
         if reason is not None:
             return reason
-        if self.parts.mesh.layout.dp > 1:
+        totals *= self.parts.counts
+        if self.parts.world.size > 1:
             dist.all_reduce(totals)
         loss, weight = totals.tolist()
         validated = Validated(step, loss / max(weight, 1.0), int(weight), time.perf_counter() - began)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from titan_core.declare.family import Family
 from titan_core.models.llama3.flavors import FLAVORS, LlamaSizes
 from titan_core.models.llama3.parameters import attentions, parameters
+from titan_core.models.llama3.sharding import SHARDING
 from titan_core.models.llama3.weights import WEIGHTS
 
 if TYPE_CHECKING:
@@ -26,5 +27,6 @@ FAMILY = Family(
     attentions=attentions,
     build=_build,
     blocks=("layers.*",),
+    sharding=SHARDING,
     weights=WEIGHTS,
 )

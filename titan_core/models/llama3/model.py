@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titan_core.models.llama3.flavors import LlamaSizes
 from titan_core.nn import ops, rope
-from titan_core.nn.attention import CAUSAL, Mask, attention
+from titan_core.nn.attention import CAUSAL, Attention, Mask
 from titan_core.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
 
 if TYPE_CHECKING:
@@ -33,21 +33,20 @@ class Llama3(nn.Module):
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = None if sizes.tied else Linear(sizes.dim, sizes.vocab_size)
 
-    def forward(self, tokens_BT: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, mask: Mask = CAUSAL) -> Tensor:
         """Return logits (B, T, V) of the next token at every position."""
-        x_BTD = self.hidden(tokens_BT, mask, cache)
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTD = self.hidden(tokens_BT, positions_T, mask)
         return ops.linear(x_BTD, self.head_weight, x_BTD.dtype)
 
-    def hidden(self, tokens_BT: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, positions_T: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None
+    ) -> Tensor:
         """Return what the head is applied to (B, T, D): a loss can then work on it piece by piece."""
-        first = 0 if cache is None else cache.length
-        positions_T = torch.arange(first, first + tokens_BT.shape[1], device=tokens_BT.device)
-        rotation = rope.table(positions_T, self.frequencies(tokens_BT.device))
+        rotation = rope.table(positions_T, self.frequencies(positions_T.device))
         x_BTD = self.tok_embeddings(tokens_BT)
         for name, layer in self.layers.items():
             x_BTD = layer(x_BTD, rotation, mask, None if cache is None else cache.layer(int(name)))
-        if cache is not None:
-            cache.advance(tokens_BT.shape[1])
         return self.norm(x_BTD)
 
     @property
@@ -87,6 +86,7 @@ class GroupedQueryAttention(nn.Module):
         self.wk = Linear(sizes.dim, sizes.n_kv_heads * sizes.head_dim)
         self.wv = Linear(sizes.dim, sizes.n_kv_heads * sizes.head_dim)
         self.wo = Linear(sizes.n_heads * sizes.head_dim, sizes.dim)
+        self.attend = Attention()
 
     def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
@@ -97,4 +97,4 @@ class GroupedQueryAttention(nn.Module):
         k_BTKC = ops.rotate_pairs(k_BTKC, *rotation)
         if cache is not None:
             k_BTKC, v_BTKC = cache.append(k_BTKC, v_BTKC)
-        return self.wo(attention(q_BTHC, k_BTKC, v_BTKC, mask).flatten(-2))
+        return self.wo(self.attend(q_BTHC, k_BTKC, v_BTKC, mask).flatten(-2))

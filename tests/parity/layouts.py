@@ -1,0 +1,78 @@
+"""Runs the first steps of a tiny model on a layout, and returns all that must not depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.ranks import run_ranks
+from titan_core.config.load import Resolved
+from titan_core.optim.build import set_lr
+from titan_core.runtime import distributed
+from titan_core.runtime.events import silent
+from titan_core.training.build import build
+from titan_core.training.step import forward_backward
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Losses (nats) and gradient norms of the steps, targets a step, and the whole gradients of the first one."""
+
+    losses: list[float]
+    norms: list[float]
+    targets: list[int]
+    gradients: dict[str, Tensor]
+
+
+def first_steps(resolved: Resolved, ranks: int) -> Seen:
+    """Train a few steps on so many ranks; every rank must report the same numbers."""
+    if ranks == 1:
+        return _run(resolved)
+    everyone = run_ranks(_run, ranks, resolved, timeout=120)
+    assert all((one.losses, one.norms, one.targets) == _numbers(everyone[0]) for one in everyone)
+    gradients: dict[str, Tensor] = {}
+    for one in everyone:
+        for name, gradient in one.gradients.items():
+            assert torch.equal(gradients.setdefault(name, gradient), gradient), f"ranks differ in {name}"
+    return Seen(*_numbers(everyone[0]), gradients)
+
+
+def _numbers(seen: Seen) -> tuple[list[float], list[float], list[int]]:
+    return seen.losses, seen.norms, seen.targets
+
+
+def _run(resolved: Resolved) -> Seen:
+    world = distributed.start()
+    parts = build(resolved.config, world, silent)
+    seen = Seen([], [], [], {})
+    for step in range(STEPS):
+        outcome = forward_backward(parts, lambda: next(parts.loader))
+        if step == 0:
+            seen.gradients.update({name: _whole(p.grad) for name, p in parts.parameters.items()})
+        seen.losses.append(outcome.loss)
+        seen.norms.append(outcome.grad_norm)
+        seen.targets.append(outcome.targets)
+        set_lr(parts.optimizer, 1e-2)
+        parts.optimizer.step()
+    parts.loader.close()
+    return seen
+
+
+def _whole(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
+
+
+def assert_same(found: Seen, expected: Seen, tolerance: float = 1e-5) -> None:
+    """Assert that two layouts gave the same numbers, to a tolerance relative to the largest gradient of a parameter."""
+    assert found.targets == expected.targets
+    for mine, theirs in zip(found.losses + found.norms, expected.losses + expected.norms, strict=True):
+        assert abs(mine - theirs) <= tolerance * abs(theirs), (found.losses, expected.losses)
+    assert set(found.gradients) == set(expected.gradients)
+    for name, gradient in expected.gradients.items():
+        error = (found.gradients[name] - gradient).abs().max().item()
+        assert error <= tolerance * max(gradient.abs().max().item(), 1e-3), f"{name}: {error}"

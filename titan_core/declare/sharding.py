@@ -1,0 +1,49 @@
+"""What a family says of how its model may be laid out: words for engines that never see the model's code.
+
+Names are globs of modules, `*` standing for one name. What is not named is replicated.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The places where a model can be split, in the terms of tensor, sequence, context and pipeline parallelism.
+
+    `embeddings` are tables split by vocabulary. `columns` are projections split by output features, `rows` those split
+    by input features, whose results are partial sums. A projection is split inside of one of the `regions`: modules
+    whose first argument is the residual stream (B, T, D), needed whole, and whose result is added to it. Outside of the
+    regions the stream may be split along T, from the `embeddings` on to `closing`, the last norm.
+    `attentions` are the modules that attend: no weights, called with queries, keys, values (B, T, heads, width) and a
+    mask. `first` and `last` are the modules before and after the blocks, where a pipeline begins and ends.
+    """
+
+    embeddings: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    closing: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+
+    def split_dim(self, module: str) -> int | None:
+        """Return the dimension of a module's weight (out, in) that tensor parallelism splits, None for none."""
+        if matches(module, self.columns) or matches(module, self.embeddings):
+            return 0
+        return 1 if matches(module, self.rows) else None
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Does a module's name match a glob, `*` standing for one name?"""
+    return any(name.count(".") == p.count(".") and fnmatch.fnmatchcase(name, p) for p in patterns)
+
+
+def within(name: str, patterns: Sequence[str]) -> bool:
+    """Is a name that of a module which matches a glob, or of anything inside of one?"""
+    parts = name.split(".")
+    return any(matches(".".join(parts[: end + 1]), patterns) for end in range(len(parts)))

@@ -1,0 +1,99 @@
+"""Differentiable exchanges between the ranks of a group: what one gathers, its backward scatters, and so on.
+
+Collectives are torch's functional ones, which the compiler can trace and overlap.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+# torch 2.14 renamed them; the old names go when 2.13 is no longer supported
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+
+def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Concatenate the ranks' parts along a dimension."""
+    return funcol.wait_tensor(_all_gather(x.contiguous(), dim, group))
+
+
+def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup, op: str = "sum") -> Tensor:
+    """Add (or "avg") the ranks' tensors and keep this rank's part along a dimension."""
+    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), op, dim, group))
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
+    """Add (or "avg", "max") the ranks' tensors."""
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, group))
+
+
+class Gather(torch.autograd.Function):
+    """Parts to the whole; the gradients of the whole, each rank's a partial sum, back to parts."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class Scatter(torch.autograd.Function):
+    """Partial sums of the whole to parts of the sum; their gradients back to the whole."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_gather(grad, ctx.dim, ctx.group), None, None
+
+
+class Enter(torch.autograd.Function):
+    """The same tensor on every rank; its gradients, each rank's a partial sum, are added."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_reduce(grad, ctx.group), None
+
+
+class Leave(torch.autograd.Function):
+    """Partial sums to the sum on every rank; the gradient is the same everywhere."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad, None
+
+
+class AllToAll(torch.autograd.Function):
+    """Rank r's i-th part along dim 0 goes to rank i; the gradients go back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_to_all(grad, ctx.group), None
+
+
+def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Exchange equal parts along dim 0."""
+    return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), None, None, group))

@@ -1,0 +1,108 @@
+"""Can this model be laid out like that? Asked before anything is built; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from titan_core.config.layout import Layout
+from titan_core.config.schema import Config
+from titan_core.declare.family import Family
+from titan_core.parallel import stages
+from titan_core.runtime.errors import Problem, UsageError
+
+
+def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list[Problem]:
+    """Return why a model cannot be laid out over that many ranks on each axis."""
+    return [
+        *_tensor(config, layout, family, sizes),
+        *_context(config, layout, family, sizes),
+        *_pipeline(config, layout, family, sizes),
+        *_backend(config, layout),
+    ]
+
+
+def _tensor(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
+    if layout.tp == 1:
+        return
+    key = "parallelism.tensor_parallel_degree"
+    inside = {"columns": family.sharding.columns, "rows": family.sharding.rows}
+    heads = min((a.num_kv_heads for a in family.attentions(sizes)), default=layout.tp)
+    if heads % layout.tp:
+        fits = [n for n in range(1, layout.tp + 1) if heads % n == 0]
+        yield Problem(key, f"{heads} key/value heads do not divide over {layout.tp} ranks", tip=f"try {fits[-1]}")
+    for parameter in family.parameters(sizes):
+        module = parameter.name.rpartition(".")[0]
+        dim = family.sharding.split_dim(module)
+        if dim is None or not any(inside.values()) or parameter.role in ("embedding", "output"):
+            continue
+        if parameter.shape[dim] % layout.tp:
+            what = f"{parameter.shape[dim]} {'columns' if dim else 'rows'}"
+            message = f"{parameter.name} has {what}, not a multiple of {layout.tp}"
+            yield Problem(key, message, tip="choose a degree that divides it")
+            return
+    if config.parallelism.enable_sequence_parallel:
+        yield from _divides(config, layout.tp * layout.cp * (2 if layout.cp > 1 else 1), key)
+
+
+def _context(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
+    if layout.cp == 1:
+        return
+    key = "parallelism.context_parallel_degree"
+    if layout.tp == 1 or not config.parallelism.enable_sequence_parallel:
+        yield from _divides(config, 2 * layout.cp, key)
+    if config.parallelism.context_parallel_rotate_method == "heads":
+        heads = min((a.num_kv_heads for a in family.attentions(sizes)), default=0) // layout.tp
+        if heads % layout.cp:
+            yield Problem(
+                "parallelism.context_parallel_rotate_method",
+                f"`heads` deals key/value heads to {layout.cp} context-parallel ranks, and of them there are {heads}",
+                tip="use `allgather` or `alltoall`",
+            )
+
+
+def _divides(config: Config, unit: int, key: str) -> Iterator[Problem]:
+    lengths = {"training.seq_len": config.training.seq_len}
+    if config.validation.enable:
+        lengths["validation.seq_len"] = config.validation.seq_len
+    for name, length in lengths.items():
+        if length % unit:
+            below, above = length // unit * unit, -(-length // unit) * unit
+            near = f"{below} or {above}" if below else str(above)
+            yield Problem(key, f"`{name}` {length} is not a multiple of {unit}, the pieces of a sequence", tip=near)
+
+
+def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
+    if layout.pp == 1:
+        return
+    parallel, training = config.parallelism, config.training
+    tied = [p for p in family.parameters(sizes) if p.tied_to is not None]
+    if tied:
+        message = f"{tied[0].name} is tied to {tied[0].tied_to}, and they would lie in different pipeline stages"
+        tip = "set pipeline_parallel_degree to 1, or untie them (`--model.args.tied false`)"
+        yield Problem("parallelism.pipeline_parallel_degree", message, tip=tip)
+    rows = parallel.pipeline_parallel_microbatch_size
+    lengths = {"training.local_batch_size": training.local_batch_size}
+    if config.validation.enable:
+        lengths["validation.local_batch_size"] = config.validation.local_batch_size
+    for name, size in lengths.items():
+        if size % rows:
+            message = f"`{name}` {size} is not a multiple of `pipeline_parallel_microbatch_size` {rows}"
+            yield Problem("parallelism.pipeline_parallel_microbatch_size", message, tip="1 always fits")
+    try:
+        names = sorted({p.name.rpartition(".")[0] for p in family.parameters(sizes)})
+        blocks = {".".join(n.split(".")[: family.blocks[0].count(".") + 1]) for n in names}
+        if parallel.module_fqns_per_model_part is None:
+            stages.block_counts(parallel, sum(1 for b in blocks if stages.matches(b, family.blocks)))
+    except UsageError as error:
+        yield Problem(error.where or "parallelism", error.message, tip=error.tip)
+
+
+def _backend(config: Config, layout: Layout) -> Iterator[Problem]:
+    if config.parallelism.data_parallel_backend == "simple":
+        key = "parallelism.data_parallel_backend"
+        if layout.tp > 1:
+            message = "`simple` shards whole parameters, not those that tensor parallelism has split"
+            yield Problem(key, message, tip="use fsdp2")
+        if config.training.enable_cpu_offload:
+            yield Problem(key, "`simple` does not offload to the host", tip="use fsdp2")

@@ -1,0 +1,192 @@
+"""Pipeline parallelism: a declared model cut into stages, run by torch's schedules.
+
+All microbatches of a step go through one run of the schedule, so that the pipeline fills and drains once a step, and
+not once for every microbatch of gradient accumulation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+from titan_core.config.schema import Parallelism
+from titan_core.declare.sharding import Sharding, matches
+from titan_core.parallel.data_parallel import DataParallel
+from titan_core.parallel.mesh import Mesh
+from titan_core.parallel.stages import Cut
+from titan_core.parallel.views import Passage
+
+
+class Stage(nn.Module):
+    """A piece of a model as a step of a pipeline: a stream and a batch in, a stream out, or at the end a loss (1)."""
+
+    def __init__(self, task: Any, *, last: bool) -> None:
+        super().__init__()
+        self.task = task
+        self.last = last
+
+    def forward(self, x: Tensor, batch: Any) -> Tensor:
+        """Run the piece; `x` is (B, T) tokens at the first stage and (B, T, D) at the others."""
+        hidden = self.task.hidden(x, batch)
+        return self.task.loss(hidden, batch).view(1) if self.last else hidden
+
+
+def cut(model: nn.Module, stage: Cut, sharding: Sharding) -> None:
+    """Take out of a whole model on the meta device what other stages hold; names stay as they are."""
+    for name, _ in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if matches(name, sharding.first + sharding.last) and name not in stage.modules:
+            setattr(model.get_submodule(parent), child, Passage())
+        elif name in stage.elsewhere:
+            delattr(model.get_submodule(parent), child)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What flows between stages: (B, T / split, dim), T being a rank's tokens."""
+
+    split: int
+    dim: int
+    dtype: torch.dtype
+
+
+@dataclass
+class Pipeline:
+    """This rank's stages of a laid-out model, with the interface of `DataParallel`."""
+
+    stages: list[DataParallel]
+    cuts: list[Cut]
+    group: ProcessGroup
+    schedule: Any
+    pipes: list[PipelineStage]
+    micro_rows: int
+    degree: int
+    stream: Stream
+    scale: Tensor | None = None
+    total: Tensor | None = None
+
+    def forward_backward(self, batches: Sequence[Any], scale: Tensor) -> Tensor:
+        """Do what `DataParallel.forward_backward` does; ranks without the last stage return 0."""
+        micro = [piece for batch in batches for piece in split_rows(batch, self.micro_rows)]
+        self.scale = scale * self.degree
+        self.total = torch.zeros((), device=scale.device)
+        for pipe in self.pipes:
+            pipe.has_backward = True
+            pipe.clear_runtime_states()
+        args = [(piece.tokens,) for piece in micro] if self.pipes[0].is_first else None
+        kwargs = [{"batch": piece} for piece in micro]
+        self.schedule._step_microbatches(args, kwargs, micro, [], False)
+        return self.total
+
+    def loss(self, output: Tensor, _batch: Any) -> Tensor:
+        """Note the loss of a microbatch, and return what its backward begins with."""
+        assert self.total is not None
+        assert self.scale is not None
+        self.total += output.detach()[0]
+        return output * self.scale
+
+    def evaluate(self, batch: Any) -> Tensor:
+        """Send a batch forward through all stages; ranks without the last one return 0."""
+        loss = torch.zeros((), device=batch.tokens.device)
+        for piece in split_rows(batch, self.micro_rows):
+            x = piece.tokens
+            for parallel, pipe, stage in zip(self.stages, self.pipes, self.cuts, strict=True):
+                x = self._receive(x, piece, stage, pipe)
+                x = parallel.module(x, batch=piece)
+                if stage.last:
+                    loss = loss + x[0]
+                else:
+                    self._send(x, stage, pipe)
+        return loss
+
+    def modules(self) -> list[nn.Module]:
+        """Return what must be told of training and evaluation."""
+        return [stage.module for stage in self.stages]
+
+    def _receive(self, x: Tensor, piece: Any, stage: Cut, pipe: PipelineStage) -> Tensor:
+        """Return the stream from the stage before, which may lie on this rank."""
+        if stage.first or self._owner(pipe, stage.index - 1) == self.group.rank():
+            return x
+        batch, tokens = piece.tokens.shape
+        shape = (batch, tokens // self.stream.split, self.stream.dim)
+        x = torch.empty(shape, dtype=self.stream.dtype, device=pipe.device)
+        dist.recv(x, group=self.group, group_src=self._owner(pipe, stage.index - 1))
+        return x
+
+    def _send(self, x: Tensor, stage: Cut, pipe: PipelineStage) -> None:
+        owner = self._owner(pipe, stage.index + 1)
+        if owner != self.group.rank():
+            dist.send(x.contiguous(), group=self.group, group_dst=owner)
+
+    @staticmethod
+    def _owner(pipe: PipelineStage, index: int) -> int:
+        return pipe.stage_index_to_group_rank[index]
+
+
+def split_rows(batch: Any, rows: int) -> list[Any]:
+    """Cut a batch into microbatches of so many rows."""
+    total = batch.tokens.shape[0]
+    fields = ("tokens", "labels", "documents")
+    return [
+        dataclasses.replace(batch, **{name: getattr(batch, name)[start : start + rows] for name in fields})
+        for start in range(0, total, rows)
+    ]
+
+
+def build(
+    stages: list[DataParallel],
+    cuts: list[Cut],
+    mesh: Mesh,
+    config: Parallelism,
+    *,
+    microbatches: int,
+    tokens: int,
+    stream: Stream,
+    device: torch.device,
+) -> Pipeline:
+    """Join materialised stages to a pipeline that runs so many microbatches a step, each of rows of `tokens`."""
+    group, rows = mesh.pp_group, config.pipeline_parallel_microbatch_size
+    ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
+    between = torch.empty(
+        rows, tokens // stream.split, stream.dim, dtype=stream.dtype, device="meta", requires_grad=True
+    )
+    loss = torch.empty(1, device="meta", requires_grad=True)
+    pipes = [
+        PipelineStage(
+            stage.module,
+            where.index,
+            where.count,
+            device,
+            input_args=(ids if where.first else between,),
+            output_args=(loss if where.last else between,),
+            group=group,
+        )
+        for stage, where in zip(stages, cuts, strict=True)
+    ]
+    pipeline = Pipeline(stages, cuts, group, None, pipes, rows, stages[0].degree, stream)
+    pipeline.schedule = _schedule(pipeline, config, microbatches)
+    return pipeline
+
+
+def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any:
+    options: dict[str, Any] = {"loss_fn": pipeline.loss, "scale_grads": False}
+    if config.pipeline_parallel_schedule_csv:
+        from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+
+        schedule = _PipelineScheduleRuntime(pipeline.pipes, microbatches, **options)
+        schedule._load_csv(str(Path(config.pipeline_parallel_schedule_csv)))
+        return schedule
+    cls: Any = get_schedule_class(config.pipeline_parallel_schedule)
+    if issubclass(cls, PipelineScheduleSingle):
+        return cls(pipeline.pipes[0], microbatches, **options)
+    return cls(pipeline.pipes, microbatches, **options)

@@ -1,0 +1,142 @@
+"""Tensor and sequence parallelism of any declared model (Shoeybi et al. 2019, Korthikanti et al. 2022).
+
+A parameter is stored as a DTensor on the tensor-parallel axis, and seen by its module as this rank's plain part.
+Between the regions of a block the residual stream is split along the sequence; a region gathers it, works on its share
+of heads or columns, and its partial sums are added while they are scattered back. Without sequence parallelism the
+stream is whole on every rank, and a region's results are all-reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from titan_core.declare.sharding import Sharding, matches, within
+from titan_core.nn.loss import IGNORE, LossAndSlope, loss_and_slope
+from titan_core.parallel.exchange import Enter, Gather, Leave, Scatter, all_gather, all_reduce
+from titan_core.parallel.views import Passage, add_view, wrap_forward
+
+_TOKENS = 1  # the dimension of (B, T, D) along which the stream is split
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How the residual stream enters a region and leaves it."""
+
+    group: ProcessGroup
+    split: bool
+
+    def enter(self, x_BTD: Tensor) -> Tensor:
+        """Return the whole stream to a region."""
+        return Gather.apply(x_BTD, _TOKENS, self.group) if self.split else Enter.apply(x_BTD, self.group)
+
+    def leave(self, x_BTD: Tensor) -> Tensor:
+        """Add a region's partial sums and return them as the stream wants them."""
+        return Scatter.apply(x_BTD, _TOKENS, self.group) if self.split else Leave.apply(x_BTD, self.group)
+
+
+def apply(model: nn.Module, sharding: Sharding, mesh: DeviceMesh, *, sequence: bool) -> None:
+    """Split a model on the meta device over a one-axis mesh; `sequence` splits the stream between the regions too."""
+    stream = Stream(mesh.get_group(), sequence)
+    for name, module in model.named_modules():
+        for parameter_name in list(module._parameters):
+            dim = sharding.split_dim(name)
+            summed = dim is None and (sequence or within(name, sharding.regions))
+            _split(module, parameter_name, dim, mesh, summed=summed)
+        if isinstance(module, Passage):
+            continue
+        if matches(name, sharding.embeddings):
+            _embed_part(module, mesh, stream)
+        elif matches(name, sharding.regions):
+            wrap_forward(module, _region(stream))
+        elif matches(name, sharding.closing):
+            wrap_forward(module, lambda forward, x, stream=stream: stream.enter(forward(x)))
+
+
+def _split(module: nn.Module, name: str, dim: int | None, mesh: DeviceMesh, *, summed: bool) -> None:
+    """Store a parameter as a DTensor, split along a dimension or replicated, and show the module its local part.
+
+    `summed` adds the gradients of a replicated one, as each rank sees a part of the tokens or heads.
+    """
+    parameter = module._parameters[name]
+    assert parameter is not None
+    placement = Replicate() if dim is None else Shard(dim)
+    split = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
+    module._parameters[name] = nn.Parameter(split, requires_grad=parameter.requires_grad)
+
+    def local(stored: Any) -> Tensor:
+        if stored.device_mesh != mesh:  # FSDP, which has sharded it further, looks at its own; nobody computes with it
+            return stored
+        return Enter.apply(stored.to_local(), mesh.get_group()) if summed else stored.to_local()
+
+    add_view(module, name, local)
+
+
+def _region(stream: Stream) -> Callable[..., Tensor]:
+    def around(forward: Callable[..., Tensor], x_BTD: Tensor, *args: Any) -> Tensor:
+        return stream.leave(forward(stream.enter(x_BTD), *args))
+
+    return around
+
+
+def _embed_part(module: nn.Module, mesh: DeviceMesh, stream: Stream) -> None:
+    """Look up what lies in this rank's rows of the table; the other ranks have the rest."""
+    first, last = _rows(module._parameters["weight"], mesh)
+
+    def around(forward: Callable[[Tensor], Tensor], tokens_BT: Tensor) -> Tensor:
+        inside = (tokens_BT >= first) & (tokens_BT < last)
+        found = forward((tokens_BT - first).where(inside, 0))
+        return stream.leave(found * inside.unsqueeze(-1))
+
+    wrap_forward(module, around)
+
+
+def _rows(weight: Any, mesh: DeviceMesh) -> tuple[int, int]:
+    """Return the first and the last (exclusive) row of a table that this rank holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])
+    return offset[0], offset[0] + shape[0]
+
+
+# ---------------------------------------------------------------------------------------------- loss
+
+
+def loss_over_parts(vocab_size: int, mesh: DeviceMesh, *, gather: bool) -> LossAndSlope:
+    """Return `loss_and_slope` for logits of which each rank has the columns of its part of the vocabulary.
+
+    Three numbers a row travel instead of the logits, or with `gather` the logits.
+    """
+    group = mesh.get_group()
+    first, last = _rows(torch.empty(vocab_size, 1, device="meta"), mesh)
+
+    def whole(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        parts = _pad(logits_NV, -(-vocab_size // mesh.size()))
+        loss, slope = loss_and_slope(all_gather(parts, 1, group)[:, :vocab_size], labels_N)
+        return loss, slope[:, first:last].contiguous()
+
+    def parts(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+        valid = labels_N[:, None] != IGNORE
+        mine = (labels_N[:, None] >= first) & (labels_N[:, None] < last)
+        target = (labels_N[:, None] - first).where(mine, 0)
+        logits = logits_NV.float()
+        logits = logits - all_reduce(logits.amax(-1, keepdim=True), group, "max")
+        picked = logits.gather(-1, target) * mine
+        powers = logits.exp_()
+        sums, picked = all_reduce(torch.stack((powers.sum(-1, keepdim=True), picked)), group).unbind()
+        loss = ((sums.log() - picked) * valid).sum()
+        slope = (powers / sums).scatter_add_(-1, target, -mine.float())
+        return loss, (slope * valid).to(logits_NV.dtype)
+
+    return whole if gather else parts
+
+
+def _pad(logits_NV: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(logits_NV, (0, width - logits_NV.shape[1]))

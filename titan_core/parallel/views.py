@@ -1,0 +1,52 @@
+"""Parameters that a module sees through a function.
+
+Engines store parameters split over ranks; a module wants plain tensors. A view stands between them: the module reads
+`self.weight` and gets what the view makes of the parameter (a local part, a gathered whole), differentiably, while the
+parameter itself keeps its name, its place in the state dict and its gradient. So models need no word of any layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+View = Callable[[Tensor], Tensor]
+
+
+def add_view(module: nn.Module, name: str, view: View) -> None:
+    """Show parameter `name` of a module through `view` from now on; a second view looks at what the first one shows."""
+    views: dict[str, View] = module.__dict__.setdefault("_titan_views", {})
+    inner = views.get(name)
+    views[name] = view if inner is None else lambda parameter: view(inner(parameter))
+    if inner is None:
+        cls = type(module)
+        module.__class__ = type(
+            f"{cls.__name__}", (cls,), {name: property(_reader(name)), "__module__": cls.__module__}
+        )
+
+
+def _reader(name: str) -> Callable[[Any], Tensor]:
+    def read(module: Any) -> Tensor:
+        return module._titan_views[name](module._parameters[name])
+
+    return read
+
+
+class Passage(nn.Module):
+    """Stands where a model has a module that is on another rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stream as it came."""
+        return x
+
+
+def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
+    """Replace `module.forward(...)` by `around(forward, ...)`; the module keeps its names and its class."""
+    forward = module.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(forward, *args, **kwargs)
+
+    module.forward = wrapped
