@@ -42,7 +42,44 @@ def llama_tied() -> Any:
     return llama(tie_word_embeddings=True)
 
 
-MODELS = {"llama3": llama, "llama3 tied": llama_tied}
+def qwen(**changes: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    return _random(Qwen3ForCausalLM(Qwen3Config(**{**SHAPES, "head_dim": 10, "rope_parameters": rope, **changes})))
+
+
+def qwen_tied() -> Any:
+    return qwen(tie_word_embeddings=True)
+
+
+def llama4(**changes: Any) -> Any:
+    """Dense layers; chunks of 7 tokens; the global layer's sharpening changes every 5 tokens."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    dense = {"moe_layers": [], "intermediate_size_mlp": 50, "head_dim": 6, "num_hidden_layers": 5}
+    local = {"attention_chunk_size": 7, "floor_scale": 5, "attn_scale": 0.4}
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    return _random(
+        Llama4ForCausalLM(Llama4TextConfig(**{**SHAPES, **dense, **local, "rope_parameters": rope, **changes}))
+    )
+
+
+def llama4_scaled() -> Any:
+    """The published rotation: all wavelengths beyond the original length are stretched, none is blended."""
+    stretch = {"factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, **stretch}
+    return llama4(rope_parameters=rope, use_qk_norm=False, attn_temperature_tuning=False)
+
+
+MODELS = {
+    "llama3": llama,
+    "llama3 tied": llama_tied,
+    "qwen3": qwen,
+    "qwen3 tied": qwen_tied,
+    "llama4": llama4,
+    "llama4 scaled": llama4_scaled,
+}
 
 
 def save(name: str, folder: Path, max_shard_size: str = "20KB") -> Any:
