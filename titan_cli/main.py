@@ -27,6 +27,8 @@ EVENT_FD = "TITAN_EVENT_FD"  # as in titan_cli.worker, which costs an import
 # name -> (module, one line of help). The module holds a Typer `app`, and is imported when its command is used.
 COMMANDS = {
     "train": ("titan_cli.commands.train", "Train or resume a model"),
+    "download": ("titan_cli.commands.download", "Fetch weights and tokenizers from Hugging Face"),
+    "convert": ("titan_cli.commands.convert", "Convert weights: Hugging Face, Meta, DCP"),
     "validate": ("titan_cli.commands.validate", "Check a config, checkpoint or data; measure loss"),
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
     "generate": ("titan_cli.commands.generate", "Generate text with a trained model"),

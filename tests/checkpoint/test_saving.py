@@ -64,7 +64,7 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     if pid == 0:
         import titan_core.checkpoint.saving as module
 
-        module._commit = lambda *_: time.sleep(60)
+        module.commit = lambda *_: time.sleep(60)
         save(open_at(tmp_path), 2)
         os._exit(0)
     deadline = time.monotonic() + 20

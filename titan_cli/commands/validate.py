@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
-    help="Check a config, a checkpoint or data; measure a checkpoint's loss.",
+    help="Check a config, a checkpoint or data; compare weights; measure a checkpoint's loss.",
     epilog="\b\nExamples:\n  titan validate config llama3_8b --world 64\n"
     "  titan validate checkpoint outputs/llama3_debugmodel\n"
-    "  titan validate loss outputs/llama3_debugmodel --data embedded\n\n"
+    "  titan validate loss outputs/llama3_debugmodel --data embedded\n"
+    "  titan validate parity Llama-3.1-8B weights/llama3_8b\n\n"
     "All checks run; the exit code is 1 if any fails.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -108,6 +109,23 @@ def loss(
         f"{found.tokens:,} tokens of {found.data}"
     )
     output_of(ctx).result(text, **dataclasses.asdict(found))
+
+
+@app.command()
+def parity(
+    ctx: typer.Context,
+    a: str = typer.Argument(..., metavar="A", help="Weights: a titan checkpoint, a Hugging Face or a Meta folder."),
+    b: str = typer.Argument(..., metavar="B", help="Weights to compare them with."),
+    tolerance: float = typer.Option(0.0, min=0.0, help="Largest difference, relative to a tensor's largest number."),
+) -> None:
+    """Compare two sets of weights of any format: names, shapes, numbers; logits where they are small."""
+    no_flags(ctx)
+    from titan_cli.display import Display
+    from titan_core.jobs import parity as job
+
+    with Display(output_of(ctx)) as display:
+        report = job.run(a, b, tolerance=tolerance, listener=display)
+    _finish(output_of(ctx), report)
 
 
 def _finish(output: Output, report: Report, **more: object) -> None:

@@ -64,7 +64,7 @@ def write_step(
         for pieces, files in ranks.gather_to_main((writer.pieces, writer.files), root):
             manifest.pieces.update(pieces)
             manifest.files.update(files)
-        ranks.agree(lambda: _commit(writer, manifest) if ranks.is_main else None, root)
+        ranks.agree(lambda: commit(writer, manifest) if ranks.is_main else None, root)
     except Exception:
         if ranks.is_main:
             with contextlib.suppress(*storage.errors):  # what failed first is what the user must know
@@ -91,7 +91,7 @@ def _write_texts(writer: Writer, texts: Mapping[str, bytes]) -> None:
         writer.write_file(name, content)
 
 
-def _commit(writer: Writer, manifest: Manifest) -> None:
+def commit(writer: Writer, manifest: Manifest) -> None:
     """Look that every rank's files have arrived where this rank's are, then write the manifest and commit."""
     storage, folder = writer.storage, writer.folder
     for name, size in manifest.sizes().items():

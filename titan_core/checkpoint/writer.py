@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from collections.abc import Iterable
 from typing import IO, Any, cast
 
 import torch
@@ -62,6 +63,12 @@ class Writer(StorageWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    def write_pieces(self, pieces: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> list[WriteResult]:
+        """Write regions of tensors, (name, where the region begins, its values), without a plan of DCP's."""
+        with self.storage.open(f"{self.folder}/{self.file_name}", "wb") as file:
+            hashed = _HashingFile(file)
+            return [self._write(hashed, MetadataIndex(name, torch.Size(at)), tensor) for name, at, tensor in pieces]
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a whole file of the step and remember its hash."""

@@ -23,9 +23,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "optimizer.early_step_in_backward": (False,),
     "job.custom_config_module": ("",),
     "experimental.custom_args_module": ("",),
-    "checkpoint.initial_load_in_hf": (False,),
-    "checkpoint.initial_load_in_hf_quantized": (False,),
-    "checkpoint.last_save_in_hf": (False,),
     "memory_estimation.enable": (False,),
     "fault_tolerance.enable": (False,),
     "fault_tolerance.semi_sync_method": (None,),
@@ -158,6 +155,7 @@ def _saving(config: Config) -> Iterator[Problem]:
         if value == wants and not saving.enable:
             message = f"`{key}` {toml_value(value)} needs checkpoints, and `checkpoint.enable` is off"
             yield Problem(key, message, tip="set checkpoint.enable")
+    yield from _foreign(config)
     if saving.keep_best_k and not config.validation.enable:
         message = (
             f"`checkpoint.keep_best_k` {saving.keep_best_k} goes by validation loss, and `validation.enable` is off"
@@ -168,6 +166,23 @@ def _saving(config: Config) -> Iterator[Problem]:
             near = difflib.get_close_matches(part, PARTS, n=1, cutoff=0.5)
             tip = f"did you mean `{near[0]}`?" if near else "one of " + ", ".join(PARTS)
             yield Problem("checkpoint.exclude_from_loading", f"a checkpoint has no part `{shown(part)}`", tip=tip)
+
+
+def _foreign(config: Config) -> Iterator[Problem]:
+    """Weights of Hugging Face folders, in and out."""
+    saving = config.checkpoint
+    if saving.initial_load_in_hf and not (saving.initial_load_path or config.model.hf_assets_path):
+        message = "`checkpoint.initial_load_in_hf` says that there are weights to start from, and no key says where"
+        yield Problem("checkpoint.initial_load_in_hf", message, tip="set checkpoint.initial_load_path")
+    if saving.initial_load_in_hf and not saving.initial_load_model_only:
+        message = "`checkpoint.initial_load_model_only` is off, but a Hugging Face folder holds nothing but weights"
+        yield Problem("checkpoint.initial_load_model_only", message, tip="leave it on")
+    if saving.initial_load_in_hf_quantized and not saving.initial_load_in_hf:
+        message = "`checkpoint.initial_load_in_hf_quantized` needs `checkpoint.initial_load_in_hf`"
+        yield Problem("checkpoint.initial_load_in_hf_quantized", message, tip="set checkpoint.initial_load_in_hf")
+    if saving.last_save_in_hf and not saving.enable:
+        message = "`checkpoint.last_save_in_hf` needs checkpoints, and `checkpoint.enable` is off"
+        yield Problem("checkpoint.last_save_in_hf", message, tip="set checkpoint.enable")
 
 
 def _layout(config: Config, world_size: int) -> Iterator[Problem]:

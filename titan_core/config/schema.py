@@ -266,14 +266,16 @@ class Checkpoint:
     initial_load_model_only: bool = True
     """Start with the weights only, not with optimizer, schedule and data position."""
     initial_load_in_hf: bool = False
-    """The weights to start from are in Hugging Face format."""
+    """The weights to start from are a Hugging Face folder: `initial_load_path`, else `model.hf_assets_path`. Each rank
+    reads the bytes of its own shards."""
     initial_load_in_hf_quantized: bool = False
-    """They are quantized."""
+    """They may be block-scaled float8, and are read as plain numbers."""
     last_save_model_only: bool = True
     """Write the weights alone after the last step too, into `weights/` beside the full checkpoint, which is kept: the
     run can be extended."""
     last_save_in_hf: bool = False
-    """Write the last step in Hugging Face format too."""
+    """Write the last step as a Hugging Face folder too, `hf/step-N` beside the full checkpoint, in `export_dtype`: the
+    run can be resumed and extended."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Dtype of the weights-only export."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"

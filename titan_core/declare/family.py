@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from titan_core.declare.parameters import Attention, Parameter
 from titan_core.declare.sharding import Sharding
+from titan_core.declare.weights import Weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,7 +27,8 @@ class Family:
     `flavors` maps a name to a frozen dataclass of sizes, which has at least `vocab_size` and `max_seq_len`.
     `parameters(sizes)` lists every parameter, `attentions(sizes)` every attention layer, in forward order.
     `build(sizes)` makes the module on the current default device, with uninitialised weights. `blocks` are globs of
-    the modules that are checkpointed, compiled and sharded as units; `sharding` says where all can be split.
+    the modules that are checkpointed, compiled and sharded as units; `sharding` says where all can be split, `weights`
+    how they lie in foreign checkpoints.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Family:
     build: Callable[[Any], nn.Module]
     blocks: tuple[str, ...]
     sharding: Sharding
+    weights: Weights | None = None
 
     def sizes(self, flavor: str, **changes: Any) -> Any:
         """Return the sizes of a flavor with some of them replaced."""

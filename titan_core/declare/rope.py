@@ -19,6 +19,6 @@ class RopeScaling:
     original_max_seq_len: Positive = 8192
 
     def __post_init__(self) -> None:
-        if self.high_freq_factor <= self.low_freq_factor:
+        if self.high_freq_factor < self.low_freq_factor:
             low, high = self.low_freq_factor, self.high_freq_factor
-            raise ValueError(f"high_freq_factor {high} of rope_scaling is not above low_freq_factor {low}")
+            raise ValueError(f"high_freq_factor {high} of rope_scaling is below low_freq_factor {low}")

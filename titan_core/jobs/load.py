@@ -12,9 +12,11 @@ from titan_core.checkpoint import find_step, load_tensors, read_shared
 from titan_core.checkpoint.inspect import read_file
 from titan_core.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from titan_core.declare.family import Family
+from titan_core.interop.loading import fill
+from titan_core.jobs import foreign
 from titan_core.models import family, sizes_from_dict
 from titan_core.runtime import distributed
-from titan_core.runtime.errors import CheckpointError
+from titan_core.runtime.errors import CheckpointError, DataError
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Trained:
 
 
 def load(path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load the model of a run folder, a checkpoint folder or a step folder, ready to call: tokens (B, T) -> logits.
+    """Load a model, ready to call: tokens (B, T) -> logits. `path` is a run, checkpoint or step folder, a Hugging
+    Face folder, or a folder of Meta's.
 
     `device` defaults to a GPU where there is one; `dtype` to bf16 on a GPU and fp32 on a CPU. Raises `CheckpointError`.
     """
@@ -39,17 +42,41 @@ def load(path: str, *, device: str | torch.device | None = None, dtype: torch.dt
 
 def load_trained(path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Trained:
     """Load a model with its sizes and tokenizer; see `load`."""
+    if foreign.kind_of(str(path)) != "dcp":
+        return _load_foreign(str(path), device, dtype)
     step_path = find_step(str(path))
     shared = read_shared(step_path)
     chosen, sizes = model_of(shared, step_path)
+    model = _empty(chosen, sizes, device, dtype)
+    load_tensors(step_path, _tensors(model))
+    return Trained(model, chosen, sizes, tokenizer_of(step_path, shared), step_path, shared)
+
+
+def _load_foreign(path: str, device: str | torch.device | None, dtype: torch.dtype | None) -> Trained:
+    """Load weights that are not titan's own; they are read region by region into the model."""
+    opened = foreign.open_weights(path)
+    chosen = opened.known_family()
+    model = _empty(chosen, opened.sizes, device, dtype)
+    fill(opened.ours, _tensors(model))
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError:
+        tokenizer = load_tokenizer("")  # weights alone can be called with tokens
+    return Trained(model, chosen, opened.sizes, tokenizer, path, foreign.shared_of(opened))
+
+
+def _empty(chosen: Family, sizes: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> nn.Module:
+    """Build a model with room for its weights, for use without gradients."""
     target = torch.device(device or distributed.default_device_type())
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = chosen.build(sizes).to(dtype)
     model.to_empty(device=target)
-    load_tensors(step_path, dict(model.named_parameters()) | dict(model.named_buffers()))
-    model.eval().requires_grad_(False)
-    return Trained(model, chosen, sizes, tokenizer_of(step_path, shared), step_path, shared)
+    return model.eval().requires_grad_(False)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def model_of(shared: dict[str, Any], step_path: str) -> tuple[Family, Any]:

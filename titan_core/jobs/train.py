@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from titan_core.checkpoint import Checkpointer, find_step, load_tensors, read_shared
+from titan_core.checkpoint.agreement import Ranks
 from titan_core.config.load import Resolved, from_dict, to_dict
 from titan_core.config.schema import Config
+from titan_core.interop.loading import fill
+from titan_core.jobs import convert, foreign
 from titan_core.observe.loggers import JsonLines, Logger, open_loggers
 from titan_core.runtime import distributed
 from titan_core.runtime.distributed import World
-from titan_core.runtime.errors import ConfigError, Problem
+from titan_core.runtime.errors import CheckpointError, ConfigError, Problem
 from titan_core.runtime.events import Event, Listener, Note, Planned, Warned, silent
 from titan_core.runtime.flight_recorder import FlightRecorder
 from titan_core.runtime.host_memory import keep_freed_memory
@@ -83,6 +86,7 @@ def run(
                 result = trainer._result(None)
             else:
                 result = trainer.fit(until)
+                _export_hf(parts.config, result, tell)
             return _result(config, result, time.perf_counter() - began)
     finally:
         if parts is not None:
@@ -133,13 +137,58 @@ def _load_initial(trainer: Trainer, resume: str, listener: Listener) -> None:
     model_only = config.initial_load_model_only
     if resume not in ("auto", "never") and not resume.isdigit():
         path, model_only = resume, False
+    if config.initial_load_in_hf and resume in ("auto", "never"):
+        _load_foreign(trainer, path or trainer.parts.config.model.hf_assets_path, listener)
+        return
     if path is None:
         return
+    kind = foreign.kind_of(path)
+    if kind != "dcp":
+        tip = (
+            "checkpoint.initial_load_in_hf = true" if kind == "hf" else f"`titan convert {kind}-to-dcp` makes one of it"
+        )
+        raise CheckpointError(f"`{path}` is {foreign.SAYS[kind]}, not a titan checkpoint", tip=tip)
     step_path = find_step(path)
     load_tensors(step_path, state.tensors(trainer.parts, model_only=model_only), check=config.verify)
     if not model_only:
         trainer.resume(read_shared(step_path), None, config.exclude_from_loading)
     listener(Note(f"started from the {'weights' if model_only else 'state'} of {step_path}"))
+
+
+def _load_foreign(trainer: Trainer, path: str, listener: Listener) -> None:
+    """Start from the weights of a foreign folder: every rank reads the bytes of its own shards."""
+    parts, config = trainer.parts, trainer.parts.config.checkpoint
+
+    def work() -> None:
+        opened = foreign.open_weights(path, check=config.verify)
+        if opened.scaled and not config.initial_load_in_hf_quantized:
+            tip = "checkpoint.initial_load_in_hf_quantized = true"
+            raise CheckpointError("the weights are block-scaled float8", where=path, tip=tip)
+        found = opened.known_family().name
+        if found != parts.family.name:
+            message = f"the weights are of {found}, the run's model is {parts.family.name}"
+            raise CheckpointError(message, where=path, tip=f"--model.name {found}")
+        fill(opened.ours, state.tensors(parts, model_only=True))
+
+    Ranks.present().agree(work, path)
+    listener(Note(f"started from the weights of {path}"))
+
+
+def _export_hf(config: Config, result: Result, listener: Listener) -> None:
+    """Write the last step as a Hugging Face folder, all ranks together, from the checkpoint that was just written."""
+    wanted = config.checkpoint.last_save_in_hf and not config.checkpoint.load_only
+    if not wanted or result.checkpoint is None or not result.finished:
+        return
+    root = checkpoint_root(config)
+    if "://" in root:
+        command = f"titan convert dcp-to-hf {result.checkpoint} DST"
+        listener(Warned(f"checkpoint.last_save_in_hf writes to folders only: `{command}`"))
+        return
+    target = os.path.join(root, "hf", f"step-{result.step}")
+    if Ranks.present().agree(lambda: os.path.exists(target), target, share=True):
+        return
+    made = convert.run("dcp-to-hf", result.checkpoint, target, convert.Options(dtype=config.checkpoint.export_dtype))
+    listener(Note(f"exported to {made.path}: {made.tensors} tensors, {made.bytes / 1e9:.2f} GB"))
 
 
 def checkpoint_root(config: Config) -> str:

@@ -14,7 +14,11 @@ from titan_core.config.values import convert, expects, shown
 from titan_core.declare.family import Family
 from titan_core.runtime.errors import ConfigError, Problem
 
-FAMILIES = {"llama3": "titan_core.models.llama3"}
+FAMILIES = {
+    "llama3": "titan_core.models.llama3",
+    "llama4": "titan_core.models.llama4",
+    "qwen3": "titan_core.models.qwen3",
+}
 
 
 def family(name: str) -> Family:

@@ -54,6 +54,33 @@ def visible(documents_BS: Tensor, queries_T: Tensor, keys_K: Tensor) -> Tensor:
     return same & (queries_T[:, None] >= keys_K)
 
 
+def chunk_mask(mask: Mask, chunk: int, positions_T: Tensor, keys: int) -> Mask:
+    """Narrow a mask so that a token sees its own chunk of `chunk` tokens only: a chunk is a document.
+
+    `positions_T` are the positions of the tokens at hand, `keys` how many there are so far; a mask that knows documents
+    knows the number of keys itself, and for which queries it was made: those at hand, or all.
+    """
+    if mask.documents is None and keys <= chunk:
+        return mask
+    documents_BS = torch.zeros(1, keys, dtype=torch.long, device=positions_T.device)
+    if mask.documents is not None:
+        documents_BS = mask.documents.to(positions_T.device)
+    chunks_S = torch.arange(documents_BS.shape[1], device=positions_T.device) // chunk
+    if mask.dense is None and mask.blocks is None:
+        queries_T = positions_T
+    else:
+        made_for = mask.blocks.shape[-2] if mask.dense is None else mask.dense.shape[2]
+        queries_T = (
+            positions_T if made_for == positions_T.shape[0] else torch.arange(made_for, device=positions_T.device)
+        )
+    apart_BS = (documents_BS * (documents_BS.shape[1] // chunk + 1) + chunks_S).where(documents_BS >= 0, -1)
+    if (
+        mask.documents is None and keys != queries_T.shape[0]
+    ):  # decoding: a block mask would be compiled for each length
+        return Mask(dense=visible(apart_BS, queries_T, torch.arange(keys, device=queries_T.device))[:, None])
+    return document_mask(apart_BS, queries_T)
+
+
 class Attention(nn.Module):
     """`attention` as a module without weights: a place in a model that engines can find by its name."""
 

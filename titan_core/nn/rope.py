@@ -21,6 +21,8 @@ def _stretch(freqs: Tensor, scaling: RopeScaling) -> Tensor:
     wavelengths = 2 * math.pi / freqs
     low = scaling.original_max_seq_len / scaling.low_freq_factor
     high = scaling.original_max_seq_len / scaling.high_freq_factor
+    if low == high:
+        return torch.where(wavelengths > low, freqs / scaling.factor, freqs)
     blend = (scaling.original_max_seq_len / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )

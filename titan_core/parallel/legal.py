@@ -51,6 +51,11 @@ def _context(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
     key = "parallelism.context_parallel_degree"
     if layout.tp == 1 or not config.parallelism.enable_sequence_parallel:
         yield from _divides(config, 2 * layout.cp, key)
+    windows = [a.window for a in family.attentions(sizes) if a.window is not None]
+    masked = getattr(sizes, "attention_mask", "causal") == "block_causal"
+    if windows and min(windows) < config.training.seq_len and not masked:
+        message = f"attention within windows of {min(windows)} tokens over several ranks needs masks of documents"
+        yield Problem(key, message, tip="set model.args.attention_mask to block_causal")
     if config.parallelism.context_parallel_rotate_method == "heads":
         heads = min((a.num_kv_heads for a in family.attentions(sizes)), default=0) // layout.tp
         if heads % layout.cp:

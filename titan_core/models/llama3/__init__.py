@@ -8,6 +8,7 @@ from titan_core.declare.family import Family
 from titan_core.models.llama3.flavors import FLAVORS, LlamaSizes
 from titan_core.models.llama3.parameters import attentions, parameters
 from titan_core.models.llama3.sharding import SHARDING
+from titan_core.models.llama3.weights import WEIGHTS
 
 if TYPE_CHECKING:
     from titan_core.models.llama3.model import Llama3
@@ -27,4 +28,5 @@ FAMILY = Family(
     build=_build,
     blocks=("layers.*",),
     sharding=SHARDING,
+    weights=WEIGHTS,
 )

@@ -1,0 +1,95 @@
+"""Every family against transformers: logits, gradients, generation; and its declarations against itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.interop.samples import MODELS, tensors
+from tests.interop.test_mapping import Memory
+from titan_core.generation.decode import decode
+from titan_core.generation.sampler import Sampling
+from titan_core.interop.views import OurView
+from titan_core.jobs.foreign import open_weights
+from titan_core.jobs.load import load_trained
+from titan_core.models import FAMILIES, family
+
+TOKENS = torch.randint(0, 67, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_gradients_and_generation_equal_transformers(name: str, tmp_path: Path) -> None:
+    theirs = MODELS[name]()
+    theirs.save_pretrained(tmp_path)
+    opened = open_weights(str(tmp_path))
+    trained = load_trained(str(tmp_path), device="cpu")
+    ours = trained.model.train().requires_grad_(True)
+    our_logits, their_logits = ours(TOKENS), theirs(TOKENS).logits
+    assert (our_logits - their_logits).abs().max() <= 1e-5 * max(1.0, their_logits.abs().max().item())
+
+    labels = TOKENS.roll(-1, 1).flatten()
+    for logits in (our_logits, their_logits):
+        F.cross_entropy(logits.flatten(0, 1), labels).backward()
+    assert opened.mapping is not None
+    slopes = {n: p.grad for n, p in theirs.named_parameters()}
+    expected = tensors(OurView(Memory(slopes), opened.mapping))
+    for parameter_name, parameter in ours.named_parameters():
+        wanted = expected[parameter_name]
+        gap = (parameter.grad - wanted).abs().max().item()
+        assert gap <= 1e-4 * max(wanted.abs().max().item(), 1e-2), parameter_name
+
+    ours.eval().requires_grad_(False)
+    prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :5].tolist()]
+    attentions = trained.family.attentions(trained.sizes)
+    found = decode(ours, attentions, prompts, max_new_tokens=15, sampling=Sampling(0.0, 0, 1.0, 0))
+    for prompt, continuation in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for _ in range(15):
+            with torch.no_grad():
+                ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert continuation.ids == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("name", "flavor"), [(n, f) for n in FAMILIES for f in family(n).flavors])
+def test_declared_parameters_are_those_of_the_module(name: str, flavor: str) -> None:
+    known = family(name)
+    sizes = known.flavors[flavor]
+    with torch.device("meta"):
+        model = known.build(sizes)
+    declared = [(p.name, p.shape) for p in known.parameters(sizes) if p.tied_to is None]
+    assert declared == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert known.weights is not None
+    assert known.weights.read_config(known.weights.write_config(sizes)) == sizes or flavor.startswith("debugmodel_")
+
+
+@pytest.mark.parametrize(
+    ("flavor", "count"),
+    [
+        ("0.6B", 596_049_920),
+        ("1.7B", 1_720_574_976),
+        ("4B", 4_022_468_096),
+        ("8B", 8_190_735_360),
+        ("14B", 14_768_307_200),
+        ("32B", 32_762_123_264),
+    ],
+)
+def test_published_sizes_of_qwen3(flavor: str, count: int) -> None:
+    from titan_core.estimation.flops import count_parameters
+
+    qwen = family("qwen3")
+    assert count_parameters(qwen.parameters(qwen.flavors[flavor])).total == count
+
+
+def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    from titan_core.runtime.errors import UsageError
+
+    config = Llama4TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="2 of 2 layers are mixtures of experts"):
+        open_weights(str(tmp_path))

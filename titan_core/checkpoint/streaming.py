@@ -1,0 +1,228 @@
+"""A step written and read region by region, by ranks that never hold a whole model: what conversions use."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from titan_core.checkpoint.local import LocalStorage
+from titan_core.checkpoint.manifest import Manifest
+from titan_core.checkpoint.places import split
+from titan_core.checkpoint.reader import Reader
+from titan_core.checkpoint.saving import commit
+from titan_core.checkpoint.storage import Storage
+from titan_core.checkpoint.writer import Writer
+from titan_core.runtime.errors import CheckpointError
+
+Shape = tuple[int, ...]
+Index = Mapping[str, tuple[Shape, torch.dtype]]
+_READ_AT_ONCE = 64 << 20  # a larger stored piece is hashed in parts and then loaded, so that it is in memory once
+_HASH_AT_ONCE = 4 << 20
+_KEEP = 256 << 20  # bytes of pieces kept for the next read
+
+
+class StepSource:
+    """The weights of a step as a source of regions, without `optimizer.*`. Pieces are checked when they are read."""
+
+    def __init__(self, step_path: str, *, check: bool = True) -> None:
+        storage, folder = split(step_path)
+        self._reader = Reader(storage, folder, check=check)
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._lock = threading.Lock()
+        self.index: Index = {}
+        self._chunks: dict[str, list[tuple[Shape, Shape, str, int, int]]] = {}
+        metadata = self._reader.metadata
+        index: dict[str, tuple[Shape, torch.dtype]] = {}
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata) or name.startswith("optimizer."):
+                continue
+            index[name] = (tuple(entry.size), entry.properties.dtype)
+            self._chunks[name] = [self._chunk(name, chunk) for chunk in entry.chunks]
+        self.index = index
+
+    def read(self, name: str, start: Shape, size: Shape) -> Tensor:
+        """Return a region of a tensor. Raises `CheckpointError`."""
+        shape, dtype = self.index[name]
+        found = []
+        for base, extent, file, offset, length in self._chunks[name]:
+            low = tuple(max(a, b) for a, b in zip(start, base, strict=True))
+            ends = zip(start, size, base, extent, strict=True)
+            high = tuple(min(a + n, b + m) for a, n, b, m in ends)
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                piece = self._piece(file, offset, length, extent, name)
+                for dim, (a, b, at) in enumerate(zip(low, high, base, strict=True)):
+                    piece = piece.narrow(dim, a - at, b - a)
+                found.append((low, piece))
+        if len(found) == 1 and tuple(found[0][1].shape) == tuple(size):
+            return found[0][1]
+        if sum(piece.numel() for _, piece in found) != torch.Size(size).numel():
+            raise CheckpointError(f"the pieces of `{name}` {list(shape)} do not fill it", where=self._reader.step_path)
+        out = torch.empty(size, dtype=dtype)
+        for low, piece in found:
+            target = out
+            for dim, (at, base) in enumerate(zip(low, start, strict=True)):
+                target = target.narrow(dim, at - base, piece.shape[dim])
+            target.copy_(piece)
+        return out
+
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> tuple[Shape, Shape, str, int, int]:
+        info = self._reader.metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+        if info is None:
+            raise CheckpointError(f"the metadata does not say where `{name}` lies", where=self._reader.step_path)
+        return tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
+
+    def _piece(self, file: str, offset: int, length: int, shape: Shape, name: str) -> Tensor:
+        with self._lock:
+            kept = self._kept.get((file, offset))
+            if kept is not None:
+                return kept
+            while self._kept and sum(t.nbytes for t in self._kept.values()) + length > _KEEP:
+                self._kept.pop(next(iter(self._kept)))
+            with self._reader.open(file) as handle:
+                if length <= _READ_AT_ONCE:
+                    piece = self._reader.read_piece(handle, file, offset, length)
+                else:
+                    piece = _load_large(self._reader, handle, file, offset, length)
+            if tuple(piece.shape) != shape:
+                message = f"a piece of `{name}` is {list(piece.shape)}, the metadata says {list(shape)}"
+                raise CheckpointError(message, where=self._reader.step_path)
+            self._kept[file, offset] = piece
+            return piece
+
+
+def _load_large(reader: Reader, handle: Any, file: str, offset: int, length: int) -> Tensor:
+    """Check and load a piece without its bytes and its numbers in memory at once."""
+    window, where = _Window(handle, offset, length), f"{reader.step_path}/{file}"
+    if reader.check:
+        digest = hashlib.sha256()
+        while data := window.read(_HASH_AT_ONCE):
+            digest.update(data)
+        if reader.manifest.pieces.get(file, {}).get(offset) != (length, digest.hexdigest()[:32]):
+            raise CheckpointError(f"bytes {offset} to {offset + length} do not have the manifest's hash", where=where)
+        window.seek(0)
+    try:
+        piece = torch.load(window, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
+    except Exception as error:  # damaged archives raise nearly anything
+        raise CheckpointError(f"cannot read a tensor at byte {offset}: {error}", where=where) from error
+    if not isinstance(piece, Tensor):
+        raise CheckpointError(f"what lies at byte {offset} is not a tensor", where=where)
+    return piece
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: Any, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self._length - self._at)]
+        self._file.seek(self._offset + self._at)
+        count = self._file.readinto(view)
+        self._at += count
+        return count
+
+
+class _Unsynced:
+    """A folder whose files are not waited for: whoever writes many syncs them together, before the commit."""
+
+    def __init__(self, storage: LocalStorage) -> None:
+        self._root = Path(storage.root)
+
+    def open(self, path: str, mode: str) -> Any:
+        return (self._root / path).open(mode, buffering=1 << 20)
+
+
+class StepSink:
+    """A step in a folder, written in jobs: each has a data file of its own, and the commit is that of any other step.
+
+    `jobs` are (number, file, slabs, bytes); see `interop.stream`, which this serves.
+    """
+
+    def __init__(
+        self, storage: LocalStorage, step: int, index: Index, jobs: Sequence[Any], texts: Mapping[str, bytes]
+    ) -> None:
+        self.storage = storage
+        self.step = step
+        self.jobs = jobs
+        self._index = index
+        self._texts = texts
+
+    def prepare(self) -> None:
+        """Nothing to make: every job makes its own file."""
+
+    def write(self, job: Any, pieces: Iterator[tuple[Any, Tensor]]) -> dict[str, Any]:
+        """Write a data file; the record says where in it each slab lies, with its hash."""
+        writer = Writer(cast(Storage, _Unsynced(self.storage)), self.storage.pending(self.step), job.number)
+        placed = writer.write_pieces((slab.name, slab.start, tensor) for slab, tensor in pieces)
+        hashes = writer.pieces.get(writer.file_name, {})
+        info = [result.storage_data for result in placed]
+        return {"pieces": [[i.offset, *hashes[i.offset]] for i in info]}
+
+    def check(self, job: Any, record: dict[str, Any]) -> list[str]:
+        """Read every slab again."""
+        file = Writer(self.storage, "", job.number).file_name
+        path = f"{self.storage.pending(self.step)}/{file}"
+        problems = []
+        with self.storage.open(path, "rb") as handle:
+            for slab, (offset, length, wanted) in zip(job.slabs, record["pieces"], strict=True):
+                window, digest = _Window(handle, offset, length), hashlib.sha256()
+                while data := window.read(_HASH_AT_ONCE):
+                    digest.update(data)
+                if digest.hexdigest()[:32] != wanted:
+                    problems.append(f"`{slab.name}` in {file} is not what was written")
+        return problems
+
+    def finish(self, records: dict[int, dict[str, Any]]) -> None:
+        """Write metadata and manifest, and commit."""
+        writer = Writer(self.storage, self.storage.pending(self.step), 0)
+        manifest = Manifest(self.step, 0)  # no rank has anything of its own in it
+        entries = {name: _entry(shape, dtype) for name, (shape, dtype) in self._index.items()}
+        results = []
+        for job in self.jobs:
+            file = Writer(self.storage, "", job.number).file_name
+            hashes = manifest.pieces.setdefault(file, {})
+            for slab, (offset, length, digest) in zip(job.slabs, records[job.number]["pieces"], strict=True):
+                hashes[offset] = (length, digest)
+                start = torch.Size(slab.start)
+                entries[slab.name].chunks.append(ChunkStorageMetadata(start, torch.Size(slab.size)))
+                info = _StorageInfo(file, offset, length)
+                results.append(WriteResult(MetadataIndex(slab.name, start), length, info))
+        writer.finish(Metadata(dict(entries)), [results])
+        for name, content in self._texts.items():
+            writer.write_file(name, content)
+        manifest.files.update(writer.files)
+        commit(writer, manifest)
+
+
+def _entry(shape: Shape, dtype: torch.dtype) -> TensorStorageMetadata:
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])

@@ -1,0 +1,125 @@
+"""How a family's parameters lie in foreign checkpoints: data, read by the one engine in `interop/`, in both directions.
+
+A map is a list of rules. A `Link` follows one of our tensors to theirs, step by step; every step only moves numbers, so
+each can be undone, and the engine derives both directions from the one list. Patterns hold `{layer}` and the like: the
+numbers come from the family's own parameter names. Every name on both sides must be met by a rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rows of each head: ours rotate neighbours (0, 1), (2, 3), ..., theirs halves (0, h/2), (1, h/2 + 1), ..."""
+
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """Two dimensions change places."""
+
+    first: int
+    second: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Their tensor holds ours at `start` of a dimension that is `of` long: links of other tensors fill the rest."""
+
+    dim: int
+    start: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """They have a tensor for each index of our first dimension: `{index}` in their name, counted from 0."""
+
+    index: str = "expert"
+
+
+@dataclass(frozen=True)
+class Split:
+    """They cut a dimension into equal parts, a tensor for each: `{part}` in their name, two digits."""
+
+    dim: int
+    parts: int
+
+
+@dataclass(frozen=True)
+class SwapHalves:
+    """The two halves of a dimension change places."""
+
+    dim: int
+
+
+Step = Rotary | Transpose | Part | Stack | Split | SwapHalves
+
+
+@dataclass(frozen=True)
+class Link:
+    """One of our tensors and where it lies on their side.
+
+    `copies` are further names under which they keep the same numbers: read, they must be equal; written, they are
+    written again. `optional_copies` may be missing, and are not written.
+    """
+
+    ours: str
+    theirs: str
+    steps: tuple[Step, ...] = ()
+    copies: tuple[str, ...] = ()
+    optional_copies: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A tensor of theirs that carries nothing that we need."""
+
+    theirs: str
+    reason: str
+
+
+Rule = Link | Drop
+
+
+@dataclass(frozen=True)
+class MetaLayout:
+    """How a folder of `consolidated.NN.pth` was written: parts, whether wq, wk and wv are one tensor, and along which
+    dimension the embedding is cut."""
+
+    parts: int = 1
+    fused_qkv: bool = False
+    embedding_dim: int = 0
+
+
+@dataclass(frozen=True)
+class Meta:
+    """A family's form in Meta's folders: the map, and sizes from and to `params.json`.
+
+    Their names are `NN/key`: the number of the file, and the key in it.
+    """
+
+    rules: Callable[[Any, MetaLayout], Sequence[Rule]]
+    read_params: Callable[[Mapping[str, Any]], Any]
+    write_params: Callable[[Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a family knows of foreign checkpoints.
+
+    `model_types` are the values of `model_type` in a `config.json` that mean this family. `read_config(config)` returns
+    the sizes, or raises `UsageError` for an architecture that the family does not compute; `write_config(sizes)`
+    returns a `config.json` that transformers loads.
+    """
+
+    model_types: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    rules: Callable[[Any], Sequence[Rule]]
+    meta: Meta | None = None

@@ -1,0 +1,141 @@
+"""Safetensors files of a checkpoint, written by any number of ranks: every place is known at the start."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_core.interop.boxes import Index, Shape, Slab, bytes_view
+from titan_core.interop.files import ByteReader
+from titan_core.interop.safetensors import INDEX, NAMES, SINGLE
+from titan_core.interop.stream import Job, Pieces, divide, job_limit
+from titan_core.runtime.errors import CheckpointError
+
+_CHECK = 16 << 20  # bytes that are read at once for a checksum
+
+
+class SafetensorsSink:
+    """A folder of `model-00001-of-0000N.safetensors`, or one `model.safetensors`, with an index and other files."""
+
+    def __init__(self, folder: Path, index: Index, *, slab: int, max_shard: int, files: Mapping[str, bytes]) -> None:
+        self.folder = folder
+        self.files = files
+        self._index = index
+        self._total = sum(_bytes(*entry) for entry in index.values())
+        self._headers: dict[str, bytes] = {}
+        self._offsets: dict[str, int] = {}
+        self.placed: dict[str, str] = {}
+        jobs: list[Job] = []
+        limit = job_limit(self._total)
+        for file, names in _shards(index, max_shard).items():
+            self._headers[file] = _header(names, index)
+            at = len(self._headers[file])
+            for name in names:
+                self.placed[name], self._offsets[name] = file, at
+                at += _bytes(*index[name])
+            for slabs, num_bytes in divide(names, index, slab, limit):
+                jobs.append(Job(len(jobs), file, slabs, num_bytes))
+        self.jobs: Sequence[Job] = jobs
+
+    def prepare(self) -> None:
+        """Make the files in their full length, with their headers."""
+        for file, header in self._headers.items():
+            size = len(header) + sum(_bytes(*self._index[name]) for name, at in self.placed.items() if at == file)
+            with (self.folder / file).open("r+b" if (self.folder / file).exists() else "wb") as out:
+                out.write(header)
+                out.truncate(size)
+
+    def write(self, job: Job, pieces: Pieces) -> dict[str, Any]:
+        """Write slabs to their places; the record has a checksum of each."""
+        sums = []
+        handle = os.open(self.folder / job.file, os.O_WRONLY)
+        try:
+            for slab, tensor in pieces:
+                data = bytes_view(tensor)
+                _write_all(handle, data, self._offset(slab))
+                sums.append(zlib.crc32(data))
+        finally:
+            os.close(handle)
+        return {"crc": sums}
+
+    def check(self, job: Job, record: dict[str, Any]) -> list[str]:
+        """Read every slab again."""
+        reader, problems = ByteReader(), []
+        for slab, wanted in zip(job.slabs, record["crc"], strict=True):
+            size = slab.numel * self._index[slab.name][1].itemsize
+            if checksum(reader, self.folder / job.file, self._offset(slab), size) != wanted:
+                problems.append(f"`{slab.name}` in {job.file} is not what was written")
+        return problems
+
+    def finish(self, records: dict[int, dict[str, Any]]) -> None:
+        """Write the index, if there are several files, and the files beside the weights."""
+        if list(self._headers) != [SINGLE]:
+            tree = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self.placed.items()))}
+            (self.folder / INDEX).write_text(json.dumps(tree, indent=2) + "\n")
+        for name, content in self.files.items():
+            (self.folder / name).write_bytes(content)
+
+    def _offset(self, slab: Slab) -> int:
+        shape, dtype = self._index[slab.name]
+        first = 0
+        for length, start in zip(shape, slab.start, strict=True):
+            first = first * length + start
+        return self._offsets[slab.name] + first * dtype.itemsize
+
+
+def checksum(reader: ByteReader, path: Path, offset: int, size: int) -> int:
+    """Return the CRC-32 of a range of a file."""
+    found, buffer = 0, bytearray(min(size, _CHECK))
+    for at in range(0, size, _CHECK):
+        view = memoryview(buffer)[: min(_CHECK, size - at)]
+        reader.read_into(path, offset + at, view)
+        found = zlib.crc32(view, found)
+    return found
+
+
+def _bytes(shape: Shape, dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _shards(index: Index, max_shard: int) -> dict[str, list[str]]:
+    """Return file -> names: in order, each file as full as it may be; a larger tensor has a file of its own."""
+    groups: list[list[str]] = []
+    size = 0
+    for name, entry in index.items():
+        num_bytes = _bytes(*entry)
+        if not groups or (size + num_bytes > max_shard and size):
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+
+
+def _header(names: Sequence[str], index: Index) -> bytes:
+    """Return a file's length field and header, padded so that the data is aligned to 8 bytes."""
+    tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        shape, dtype = index[name]
+        if dtype not in NAMES:
+            raise CheckpointError(f"`{name}` is {dtype}, which safetensors cannot hold")
+        end = at + _bytes(shape, dtype)
+        tree[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(tree, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_all(handle: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], offset + done)

@@ -1,0 +1,63 @@
+"""Llama 4: sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from titan_core.config.schema import Positive, PositiveFloat
+from titan_core.declare.rope import RopeScaling
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Longer contexts sharpen attention where there is no rotation (Nakanishi 2025): queries at position p are scaled
+    by `1 + scale log(1 + floor((p + 1) / floor))`."""
+
+    scale: PositiveFloat = 0.1
+    floor: Positive = 8192
+
+
+@dataclass(frozen=True)
+class Llama4Sizes:
+    """Everything that determines the shape and the arithmetic of a Llama 4 whose layers are all dense.
+
+    Every `global_every`-th layer has no rotation and sees all that came before (iRoPE); the others rotate and see their
+    own chunk of `chunk` tokens, with `qk_norm` after the rotation.
+    """
+
+    dim: Positive = 5120
+    n_layers: Positive = 48
+    n_heads: Positive = 40
+    n_kv_heads: Positive = 8
+    head_dim: Positive = 128
+    ffn_dim: Positive = 16384
+    vocab_size: Positive = 202048
+    norm_eps: PositiveFloat = 1e-5
+    rope_theta: PositiveFloat = 500000.0
+    rope_scaling: RopeScaling | None = None
+    max_seq_len: Positive = 1048576
+    global_every: Positive = 4
+    chunk: Positive | None = 8192
+    qk_norm: bool = True
+    temperature: Temperature | None = field(default_factory=Temperature)
+    tied: bool = False
+    depth_init: bool = True
+    attention_mask: Literal["causal", "block_causal"] = "causal"
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: no rotation")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+
+    def is_global(self, layer: int) -> bool:
+        """Has this layer no rotation, and sees all that came before?"""
+        return (layer + 1) % self.global_every == 0
+
+
+_DEBUG = Llama4Sizes(
+    dim=256, n_layers=6, n_heads=16, n_kv_heads=16, head_dim=16, ffn_dim=768, vocab_size=2048, chunk=256
+)
+
+FLAVORS = {"debugmodel": _DEBUG, "debugmodel_irope": replace(_DEBUG, attention_mask="block_causal")}

@@ -1,0 +1,46 @@
+"""Qwen3: sizes of the dense models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from titan_core.config.schema import Positive, PositiveFloat
+
+
+@dataclass(frozen=True)
+class QwenSizes:
+    """Everything that determines the shape and the arithmetic of a dense Qwen3. Heads have a width of their own."""
+
+    dim: Positive = 4096
+    n_layers: Positive = 36
+    n_heads: Positive = 32
+    n_kv_heads: Positive = 8
+    head_dim: Positive = 128
+    ffn_dim: Positive = 12288
+    vocab_size: Positive = 151936
+    norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 1000000.0
+    max_seq_len: Positive = 40960
+    tied: bool = False
+    depth_init: bool = True
+    attention_mask: Literal["causal", "block_causal"] = "causal"
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: no rotation")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+
+
+FLAVORS = {
+    "debugmodel": QwenSizes(
+        dim=256, n_layers=8, n_heads=16, n_kv_heads=8, ffn_dim=3072, vocab_size=2048, tied=True, max_seq_len=4096
+    ),
+    "0.6B": QwenSizes(dim=1024, n_layers=28, n_heads=16, ffn_dim=3072, tied=True),
+    "1.7B": QwenSizes(dim=2048, n_layers=28, n_heads=16, ffn_dim=6144, tied=True),
+    "4B": QwenSizes(dim=2560, n_layers=36, n_heads=32, ffn_dim=9728, tied=True),
+    "8B": QwenSizes(),
+    "14B": QwenSizes(dim=5120, n_layers=40, n_heads=40, ffn_dim=17408),
+    "32B": QwenSizes(dim=5120, n_layers=64, n_heads=64, ffn_dim=25600),
+}
