@@ -49,6 +49,7 @@ Memory = typer.Option("1GiB", metavar="SIZE", help="Budget for numbers in memory
 Verify = typer.Option(True, "--verify/--no-verify", help="Read everything that was written again.")
 FamilyName = typer.Option(None, "--family", help="Model family, instead of what SRC says.")
 Flavor = typer.Option(None, help="Named sizes of the family, instead of what SRC says.")
+DryRun = typer.Option(False, "--dry-run", help="Check and plan from headers only, and stop.")
 Nproc = typer.Option("1", metavar="N", help="Ranks to start; each reads and writes its share.")
 _Dtype = Literal["float32", "bfloat16", "float16", "fp8-block"]
 
@@ -67,6 +68,7 @@ def _command(route: Route) -> Callable[..., None]:
         family: str | None = FamilyName,
         flavor: str | None = Flavor,
         nproc: str = Nproc,
+        dry_run: bool = DryRun,
     ) -> None:
         from titan_core.interop.sizes import parse_size
 
@@ -82,6 +84,7 @@ def _command(route: Route) -> Callable[..., None]:
             verify=verify,
             family=family,
             flavor=flavor,
+            dry_run=dry_run,
         )
 
     return command
@@ -144,6 +147,8 @@ def _convert_here(output: Output, route: Route, places: tuple[str, str], options
 
 
 def _text(done: Converted) -> str:
+    if done.dry_run:
+        return f"{done.path}: {done.tensors} tensors, {done.bytes / 1e9:,.2f} GB, planned in {done.seconds:.1f} s"
     verified = "" if done.verify_seconds is None else f", {done.verify_seconds:.1f} s of it verifying"
     resumed = f", {done.resumed_bytes / 1e9:.2f} GB were there" if done.resumed_bytes else ""
     return (

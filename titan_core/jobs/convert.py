@@ -29,8 +29,8 @@ from titan_core.jobs import foreign
 from titan_core.jobs.export_files import hf_files, meta_files
 from titan_core.jobs.foreign import Opened, open_weights
 from titan_core.jobs.partial import Partial
-from titan_core.runtime.errors import CheckpointError, RunFailed, UsageError
-from titan_core.runtime.events import Listener, Note, Planned, Progress, silent
+from titan_core.runtime.errors import CheckpointError, MachineError, UsageError
+from titan_core.runtime.events import Listener, Note, Planned, Progress, Warned, silent
 from titan_core.runtime.host_memory import keep_freed_memory
 
 Route = Literal["hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf"]
@@ -42,7 +42,11 @@ _STEP = 0  # a conversion's result is a run's state before its first step
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert. Sizes are in bytes; `dtype` None keeps what is stored; `parts` is for Meta's format."""
+    """How to convert.
+
+    Sizes are in bytes; `dtype` None keeps what is stored; `parts` is for Meta's format; `dry_run` plans and checks,
+    from headers only.
+    """
 
     dtype: str | None = None
     max_shard: int = 5_000_000_000
@@ -52,6 +56,7 @@ class Options:
     flavor: str | None = None
     parts: int = 1
     fused_qkv: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Converted:
     verify_seconds: float | None
     resumed_bytes: int
     peak_rss: int
+    dry_run: bool = False
 
 
 def run(
@@ -89,9 +95,11 @@ def run(
     total = sum(job.num_bytes for job in sink.jobs)
     if ranks.is_main:
         listener(Planned(_plan(opened, view, sink, total, target)))
-        ranks_free = _free_bytes(partial.folder)
-        if ranks_free < total and not partial.folder.exists():
-            raise RunFailed(f"{total:,} bytes are needed, {ranks_free:,} are free", where=str(partial.folder.parent))
+        _check_space(partial.folder, total, listener if options.dry_run else None)
+    if options.dry_run:
+        return Converted(
+            target, len(view.index), total, time.perf_counter() - began, None, 0, _peak_rss(), dry_run=True
+        )
     resumed = ranks.agree(lambda: partial.begin() if ranks.is_main else False, target, share=True)
     ours = stream.share(sink.jobs, ranks.rank, ranks.size)
     known = ranks.agree(lambda: _sound(sink, ours, partial) if resumed else {}, target)
@@ -112,9 +120,12 @@ def run(
     except BaseException:  # a signal: the next call goes on
         partial.release()
         raise
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - began
-    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, peak)
+    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, _peak_rss())
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _open(route: Route, source: str, options: Options) -> Opened:
@@ -310,11 +321,21 @@ def _finish(sink: Any, records: dict[int, dict[str, Any]], partial: Partial) -> 
     partial.commit()
 
 
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+def _check_space(folder: Path, total: int, only_say: Listener | None) -> None:
+    """Refuse, or only say, that the disk is too small; what a killed call left there is already paid for."""
+    if folder.exists():
+        return
+    place = folder
+    while not place.exists():
+        place = place.parent
+    found = os.statvfs(place)
+    free = found.f_bavail * found.f_frsize
+    if free >= total:
+        return
+    message = f"{total / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free"
+    if only_say is None:
+        raise MachineError(message, where=str(folder.parent), tip="choose a place with more room, or a smaller --dtype")
+    only_say(Warned(message))
 
 
 def _plan(opened: Opened, view: Source, sink: Any, total: int, target: str) -> list[tuple[str, str]]:

@@ -1,0 +1,63 @@
+"""The layout never changes the result, for every family: what a family adds to Llama 3 meets each way to split."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.parity.layouts import Seen, assert_same, first_steps
+from tests.parity.test_layouts import ranks_of, settings_of
+from tests.runs import tiny
+from titan_core.config.layout import Layout
+from titan_core.models import resolve
+from titan_core.parallel import legal
+
+QWEN = {"model.name": "qwen3", "model.args.head_dim": 6, "model.args.tied": False}
+LLAMA4 = {"model.name": "llama4", "model.args.head_dim": 6, "model.args.chunk": 8, "model.args.global_every": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": QWEN,
+    "qwen3 tied": {**QWEN, "model.args.tied": True},
+    "llama4": LLAMA4,
+    "llama4 packed": {**LLAMA4, "model.args.attention_mask": "block_causal"},
+}
+LAYOUTS = {
+    "fsdp": {"dp": 2},
+    "tensor": {"tp": 2},
+    "tensor, whole stream": {"tp": 2, "sp": False},
+    "context": {"cp": 2},
+    "context, ring": {"cp": 2, "cp_by": "alltoall"},
+    "context, heads": {"cp": 2, "cp_by": "heads"},
+    "pipeline": {"pp": 2},
+    "ring x tensor": {"cp": 2, "tp": 2, "cp_by": "alltoall"},
+    "pipeline x fsdp x tensor": {"pp": 2, "dp": 2, "tp": 2},
+}
+CASES = [
+    (model, layout)
+    for model in MODELS
+    for layout in LAYOUTS
+    if (model != "qwen3 tied" or layout in ("fsdp", "tensor")) and not (model == "llama4" and "cp" in LAYOUTS[layout])
+]
+
+
+@cache
+def alone(model: str) -> Seen:
+    with TemporaryDirectory() as folder:
+        return first_steps(tiny(folder, **settings_of({}, MODELS[model])), 1)
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
+def test_families_on_layouts(model: str, layout: str, tmp_path: Path) -> None:
+    settings = settings_of(LAYOUTS[layout], MODELS[model])
+    assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone(model))
+
+
+def test_windows_over_several_ranks_need_documents(tmp_path: Path) -> None:
+    def problems(model: str) -> list[str]:
+        config = tiny(tmp_path, **settings_of(LAYOUTS["context"], MODELS[model])).config
+        family, sizes = resolve(config.model)
+        return [p.message for p in legal.problems(config, Layout.of(config.parallelism, 2), family, sizes)]
+
+    assert problems("llama4") == ["attention within windows of 8 tokens over several ranks needs masks of documents"]
+    assert problems("llama4 packed") == []
