@@ -7,6 +7,7 @@ not once for every microbatch of gradient accumulation.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,22 @@ from titan_core.parallel.views import Passage
 
 
 class Stage(nn.Module):
-    """A piece of a model as a step of a pipeline: a stream and a batch in, a stream out, or at the end a loss (1)."""
+    """A piece of a model as a step of a pipeline: a stream and a batch in, a stream out, or at the end a loss (1).
+
+    Schedules pass tensors only (those of torch 2.11 fail with other things), so the batches of a step lie in `waiting`,
+    in the order in which every schedule sends microbatches forward.
+    """
 
     def __init__(self, task: Any, *, last: bool) -> None:
         super().__init__()
         self.task = task
         self.last = last
+        self.waiting: deque[Any] = deque()
 
-    def forward(self, x: Tensor, batch: Any) -> Tensor:
+    def forward(self, x: Tensor, batch: Any = None) -> Tensor:
         """Run the piece; `x` is (B, T) tokens at the first stage and (B, T, D) at the others."""
+        if batch is None:
+            batch = self.waiting.popleft()
         hidden = self.task.hidden(x, batch)
         return torch.stack([self.task.loss(hidden, batch)]) if self.last else hidden
 
@@ -84,8 +92,9 @@ class Pipeline:
             pipe.has_backward = True
             pipe.clear_runtime_states()
         args = [(piece.tokens,) for piece in micro] if self.pipes[0].is_first else None
-        kwargs = [{"batch": piece} for piece in micro]
-        self.schedule._step_microbatches(args, kwargs, micro, [], False)
+        for stage in self.stages:
+            stage.module.waiting = deque(micro)  # pyright: ignore[reportAttributeAccessIssue]
+        self.schedule._step_microbatches(args, None, micro, [], False)
         return self.total
 
     def loss(self, output: Tensor, _batch: Any) -> Tensor:
