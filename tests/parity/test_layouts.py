@@ -20,7 +20,7 @@ from tests.runs import tiny
 from titan_core.config.layout import Layout, factorings
 from titan_core.models import resolve
 from titan_core.parallel import legal
-from titan_core.parallel.stages import SCHEDULES, V_SHAPED
+from titan_core.parallel.stages import SCHEDULES, SPLIT_BACKWARD
 
 KEYS = {
     "dp": "data_parallel_shard_degree",
@@ -131,9 +131,9 @@ def check(layout: dict[str, Any], model: str, folder: Path, **more: Any) -> None
     assert_same(found, alone(model))
 
 
-def self_send(layout: dict[str, Any]) -> bool:
-    """Does this layout need a rank to send to itself, which gloo could not before torch 2.12?"""
-    return layout.get("schedule") in V_SHAPED and torch.__version__ < "2.12"
+def too_new(layout: dict[str, Any]) -> bool:
+    """Does this layout split the backward, which torch 2.11 cannot where autograd functions are written in Python?"""
+    return layout.get("pp", 1) > 1 and layout.get("schedule") in SPLIT_BACKWARD and torch.__version__ < "2.12"
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -145,8 +145,9 @@ def test_whole_models(name: str, model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PIPELINED)
 @pytest.mark.parametrize("model", ["gqa", "packed"])
 def test_pipelined_models(name: str, model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if self_send(PIPELINED[name]):
-        request.applymarker(pytest.mark.xfail(reason="gloo: 'Pair is not connected' in a send to oneself", strict=True))
+    if too_new(PIPELINED[name]):
+        reason = "torch 2.11: '_input_metadata is invalid', and in a V also gloo's 'Pair is not connected'"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     check(PIPELINED[name], model, tmp_path)
 
 
@@ -186,7 +187,7 @@ def is_legal(layout: dict[str, Any], model: str) -> bool:
     config = tiny(".", **settings_of(layout, MODELS[model])).config
     family, sizes = resolve(config.model)
     found = legal.problems(config, Layout.of(config.parallelism, ranks_of(layout)), family, sizes)
-    return not found and not self_send(layout)
+    return not found and not too_new(layout)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])

@@ -24,8 +24,9 @@ from titan_core.config.schema import Parallelism
 from titan_core.declare.sharding import Sharding, matches
 from titan_core.parallel.data_parallel import DataParallel
 from titan_core.parallel.mesh import Mesh
-from titan_core.parallel.stages import Cut
+from titan_core.parallel.stages import SPLIT_BACKWARD, Cut
 from titan_core.parallel.views import Passage
+from titan_core.runtime.errors import MachineError
 
 
 class Stage(nn.Module):
@@ -189,6 +190,12 @@ def build(
 
 def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any:
     options: dict[str, Any] = {"loss_fn": pipeline.loss, "scale_grads": False}
+    if config.pipeline_parallel_schedule in SPLIT_BACKWARD and torch.__version__ < "2.12":
+        raise MachineError(
+            f"torch {torch.__version__} cannot run {config.pipeline_parallel_schedule}: it splits the backward, and this "
+            "version cannot split autograd functions that are written in Python",
+            tip="use torch 2.14 or newer, or Interleaved1F1B",
+        )
     if config.pipeline_parallel_schedule_csv:
         from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 
