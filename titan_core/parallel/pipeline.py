@@ -192,8 +192,8 @@ def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any
     options: dict[str, Any] = {"loss_fn": pipeline.loss, "scale_grads": False}
     if config.pipeline_parallel_schedule in SPLIT_BACKWARD and torch.__version__ < "2.12":
         raise MachineError(
-            f"torch {torch.__version__} cannot run {config.pipeline_parallel_schedule}: it splits the backward, and this "
-            "version cannot split autograd functions that are written in Python",
+            f"torch {torch.__version__} cannot run {config.pipeline_parallel_schedule}: it cannot split the backward of "
+            "autograd functions that are written in Python",
             tip="use torch 2.14 or newer, or Interleaved1F1B",
         )
     if config.pipeline_parallel_schedule_csv:
