@@ -192,7 +192,7 @@ def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any
     options: dict[str, Any] = {"loss_fn": pipeline.loss, "scale_grads": False}
     if config.pipeline_parallel_schedule in SPLIT_BACKWARD and torch.__version__ < "2.12":
         raise MachineError(
-            f"torch {torch.__version__} cannot run {config.pipeline_parallel_schedule}: it cannot split the backward of "
+            f"torch {torch.__version__} cannot run {config.pipeline_parallel_schedule}: it cannot split backwards of "
             "autograd functions that are written in Python",
             tip="use torch 2.14 or newer, or Interleaved1F1B",
         )
