@@ -87,7 +87,7 @@ def test_a_rank_that_skips_a_collective(faulty: int, tmp_path: Path) -> None:
         assert "the ranks do not match in all_reduce #" in message
         assert "of group `default_pg` (float32 [])" in message
         assert f"rank {1 - faulty} entered it, but rank {faulty} is in all_gather #" in message
-        assert "called by forward_backward (titan_core/training/step.py:" in message
+        assert "called by forward_backward (titan_core/parallel/data_parallel.py:" in message
         assert where == str(tmp_path / "comm_traces" / "report.txt")
         assert "same order" in tip
         assert TIMEOUT - 0.5 < seconds < TIMEOUT + MARGIN
@@ -100,7 +100,7 @@ def test_a_rank_that_skips_a_collective_and_waits_in_another_group(tmp_path: Pat
     ended, report = hang(tmp_path, skip, 4, 2, parallelism__data_parallel_replicate_degree=2)
     assert "rank 2 is missing in all_reduce #" in ended[0][0]
     assert "where ranks 0, 1, 3 wait: rank 2 waits in all_gather #" in ended[0][0]
-    assert "of group `mesh_dp_shard`" in ended[0][0]
+    assert "of group `mesh_fsdp`" in ended[0][0]
     assert "was entered by rank 2, without rank 3" in report
 
 
