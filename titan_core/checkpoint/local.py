@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_core.checkpoint.storage import MANIFEST, STEP
+from titan_core.runtime.disk import WRITE_AT_ONCE
 from titan_core.runtime.errors import CheckpointError
 
 _HIDDEN = re.compile(r"\.step-(\d+)\.(?:(old|removed-\d+)\.)?partial$")
@@ -86,7 +87,7 @@ class LocalStorage:
         full = self._folder / path
         if "w" in mode:
             full.parent.mkdir(parents=True, exist_ok=True)
-            return io.BufferedWriter(_Synced(full, "wb"), buffer_size=1 << 20)
+            return io.BufferedWriter(_Synced(full, "wb"), buffer_size=WRITE_AT_ONCE)
         return full.open("rb")
 
     def size(self, path: str) -> int | None:

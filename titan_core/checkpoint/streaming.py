@@ -28,6 +28,7 @@ from titan_core.checkpoint.reader import Reader
 from titan_core.checkpoint.saving import commit
 from titan_core.checkpoint.storage import Storage
 from titan_core.checkpoint.writer import Writer
+from titan_core.runtime.disk import WRITE_AT_ONCE
 from titan_core.runtime.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -159,7 +160,7 @@ class _Unsynced:
         self._root = Path(storage.root)
 
     def open(self, path: str, mode: str) -> Any:
-        return (self._root / path).open(mode, buffering=1 << 20)
+        return (self._root / path).open(mode, buffering=WRITE_AT_ONCE)
 
 
 class StepSink:

@@ -17,6 +17,7 @@ from torch.futures import Future
 
 from titan_core.checkpoint.manifest import content_hash
 from titan_core.checkpoint.storage import Storage
+from titan_core.runtime.disk import WRITE_AT_ONCE
 
 METADATA = ".metadata"
 
@@ -130,7 +131,8 @@ class _HashingFile(io.RawIOBase):
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            self._file.write(view)
+            for start in range(0, len(view), WRITE_AT_ONCE):
+                self._file.write(view[start : start + WRITE_AT_ONCE])
         except OSError as error:
             self.error = error
             raise

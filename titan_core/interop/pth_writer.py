@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titan_core.interop.boxes import Index, Shape, bytes_view
+from titan_core.runtime.disk import WRITE_AT_ONCE
 
 _ALIGNMENT = 64  # of every tensor's bytes, as torch.save has it, so that a memory-mapped load is aligned
 _ARCHIVE = "archive"
@@ -41,7 +42,7 @@ class PthWriter:
 
     def __init__(self, path: Path, index: Index) -> None:
         self._index = index
-        self._file: IO[bytes] = path.open("wb")
+        self._file: IO[bytes] = path.open("wb", buffering=WRITE_AT_ONCE)
         self._entries: list[tuple[str, int, int, int]] = []  # name, offset of the header, size, crc
         self._entry(f"{_ARCHIVE}/data.pkl", pickle_of(index))
         self._entry(f"{_ARCHIVE}/byteorder", b"little")
@@ -58,7 +59,8 @@ class PthWriter:
             self._open = (entry, self._begin(entry, size), size)
             self._crc = 0
         data = bytes_view(piece.contiguous())
-        self._file.write(data)
+        for start in range(0, len(data), WRITE_AT_ONCE):
+            self._file.write(data[start : start + WRITE_AT_ONCE])
         self._crc = zlib.crc32(data, self._crc)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from titan_core.interop.boxes import Index, Shape, Slab, bytes_view
 from titan_core.interop.files import ByteReader
 from titan_core.interop.safetensors import INDEX, NAMES, SINGLE
 from titan_core.interop.stream import Job, Pieces, divide, job_limit
+from titan_core.runtime.disk import WRITE_AT_ONCE
 from titan_core.runtime.errors import CheckpointError
 
 _CHECK = 16 << 20  # bytes that are read at once for a checksum
@@ -138,4 +139,4 @@ def _header(names: Sequence[str], index: Index) -> bytes:
 def _write_all(handle: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
-        done += os.pwrite(handle, data[done:], offset + done)
+        done += os.pwrite(handle, data[done : done + WRITE_AT_ONCE], offset + done)

@@ -279,6 +279,7 @@ def _check_scales(index: Index, scales: dict[str, str], block: tuple[int, int]) 
                 f"`{scale}` is {list(found)}; a {list(shape)} weight in blocks of {list(block)} has {list(wanted)}"
             )
             raise CheckpointError(message)
-    lost = [name for name in index if name.endswith(SCALE) and name not in scales.values()]
+    used = set(scales.values())
+    lost = [name for name in index if name.endswith(SCALE) and name not in used]
     if lost:
         raise CheckpointError(f"`{lost[0]}` is the scale of no float8 weight")

@@ -95,22 +95,33 @@ def run(
     total = sum(job.num_bytes for job in sink.jobs)
     if ranks.is_main:
         listener(Planned(_plan(opened, view, sink, total, target)))
-        _check_space(partial.folder, total, listener if options.dry_run else None)
+    say = listener if options.dry_run else None
+    ranks.agree(lambda: _check_space(partial.folder, total, say) if ranks.is_main else None, target)
     if options.dry_run:
         return Converted(
             target, len(view.index), total, time.perf_counter() - began, None, 0, _peak_rss(), dry_run=True
         )
+    kept, verify_seconds = _make(view, sink, partial, ranks, options.verify, listener)
+    seconds = time.perf_counter() - began
+    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, _peak_rss())
+
+
+def _make(
+    view: Source, sink: Any, partial: Partial, ranks: Ranks, verify: bool, listener: Listener
+) -> tuple[int, float | None]:
+    """Write, verify and commit; returns the bytes that a killed call had done, and the seconds of verification."""
+    target = str(partial.target)
     resumed = ranks.agree(lambda: partial.begin() if ranks.is_main else False, target, share=True)
-    ours = stream.share(sink.jobs, ranks.rank, ranks.size)
-    known = ranks.agree(lambda: _sound(sink, ours, partial) if resumed else {}, target)
-    todo = [job for job in ours if job.number not in known]
     try:
+        ours = stream.share(sink.jobs, ranks.rank, ranks.size)
+        known = ranks.agree(lambda: _sound(sink, ours, partial) if resumed else {}, target)
         ranks.agree(lambda: sink.prepare() if ranks.is_main else None, target)
         kept = sum(ranks.gather(sum(job.num_bytes for job in ours if job.number in known), target))
         if kept and ranks.is_main:
-            listener(Note(f"going on: {kept:,} of {total:,} bytes are there"))
+            listener(Note(f"going on: {kept:,} bytes are there"))
+        todo = [job for job in ours if job.number not in known]
         known |= ranks.agree(lambda: _work(view, sink, todo, partial, ranks, listener), target)
-        verify_seconds = _verify(sink, ours, known, ranks, listener) if options.verify else None
+        verify_seconds = _verify(sink, ours, known, ranks, listener) if verify else None
         known = {number: record for found in ranks.gather(known, target) for number, record in found.items()}
         ranks.agree(lambda: _finish(sink, known, partial) if ranks.is_main else None, target)
     except Exception:
@@ -120,8 +131,7 @@ def run(
     except BaseException:  # a signal: the next call goes on
         partial.release()
         raise
-    seconds = time.perf_counter() - began
-    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, _peak_rss())
+    return kept, verify_seconds
 
 
 def _peak_rss() -> int:
