@@ -8,6 +8,7 @@ without torch.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,3 +44,12 @@ class Family:
     def sizes(self, flavor: str, **changes: Any) -> Any:
         """Return the sizes of a flavor with some of them replaced."""
         return dataclasses.replace(self.flavors[flavor], **changes)
+
+
+def lazily(module: str, name: str) -> Callable[[Any], nn.Module]:
+    """Return what builds `module.name(sizes)` and imports it, and torch with it, only then."""
+
+    def build(sizes: Any) -> nn.Module:
+        return getattr(importlib.import_module(module), name)(sizes)
+
+    return build

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from titan_core.config.schema import Positive, PositiveFloat
+from titan_core.declare.decoder import DecoderSizes
 from titan_core.declare.rope import RopeScaling
 
 
-@dataclass(frozen=True)
-class LlamaSizes:
+@dataclass(frozen=True, kw_only=True)
+class LlamaSizes(DecoderSizes):
     """Everything that determines the shape and the arithmetic of a Llama 3."""
 
     dim: Positive = 4096
@@ -21,21 +21,13 @@ class LlamaSizes:
     vocab_size: Positive = 128256
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 500000.0
-    rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
     max_seq_len: Positive = 131072
-    tied: bool = False
-    depth_init: bool = True
-    attention_mask: Literal["causal", "block_causal"] = "causal"
+    rope_scaling: RopeScaling | None = field(default_factory=RopeScaling)
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads:
             raise ValueError(f"n_heads {self.n_heads} does not divide dim {self.dim}")
-        if self.head_dim % 2:
-            raise ValueError(
-                f"dim {self.dim} over n_heads {self.n_heads} is {self.head_dim}, which is odd: no rotation"
-            )
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        super().__post_init__()
 
     @property
     def head_dim(self) -> int:

@@ -1,100 +1,16 @@
 """Llama 3 (Dubey et al. 2024): a pre-norm decoder with grouped-query attention, rotary positions and SwiGLU.
 
-Shape letters: B batch, T tokens, S cached and new tokens, D model width, H query heads, K key/value heads,
-C head width, V vocabulary.
+It is the plain decoder of `titan_core.nn.decoder`, which reads top to bottom.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor, nn
-
 from titan_core.models.llama3.flavors import LlamaSizes
-from titan_core.nn import ops, rope
-from titan_core.nn.attention import CAUSAL, Attention, Mask
-from titan_core.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
-
-if TYPE_CHECKING:
-    from titan_core.nn.kv_cache import KVCache, LayerCache
-
-Rotation = tuple[Tensor, Tensor]
+from titan_core.nn.decoder import Decoder, GroupedQueryAttention
 
 
-class Llama3(nn.Module):
-    """Tokens in, logits out. A tied model has no `output`: its head is the embedding's weight."""
+class Llama3(Decoder):
+    """Every layer attends alike."""
 
     def __init__(self, sizes: LlamaSizes) -> None:
-        super().__init__()
-        self.sizes = sizes
-        self.tok_embeddings = Embedding(sizes.vocab_size, sizes.dim)
-        self.layers = nn.ModuleDict({str(i): Block(sizes) for i in range(sizes.n_layers)})
-        self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.output = None if sizes.tied else Linear(sizes.dim, sizes.vocab_size)
-
-    def forward(self, tokens_BT: Tensor, mask: Mask = CAUSAL) -> Tensor:
-        """Return logits (B, T, V) of the next token at every position."""
-        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        x_BTD = self.hidden(tokens_BT, positions_T, mask)
-        return ops.linear(x_BTD, self.head_weight, x_BTD.dtype)
-
-    def hidden(
-        self, tokens_BT: Tensor, positions_T: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None
-    ) -> Tensor:
-        """Return what the head is applied to (B, T, D): a loss can then work on it piece by piece."""
-        rotation = rope.table(positions_T, self.frequencies(positions_T.device))
-        x_BTD = self.tok_embeddings(tokens_BT)
-        for name, layer in self.layers.items():
-            x_BTD = layer(x_BTD, rotation, mask, None if cache is None else cache.layer(int(name)))
-        return self.norm(x_BTD)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's weight (V, D)."""
-        return self.tok_embeddings.weight if self.output is None else self.output.weight
-
-    def frequencies(self, device: torch.device) -> Tensor:
-        """Return the rotary frequencies (C / 2), fp32. Not a buffer: nothing may cast or forget it."""
-        sizes = self.sizes
-        return rope.frequencies(sizes.head_dim, sizes.rope_theta, sizes.rope_scaling, device)
-
-
-class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
-
-    def __init__(self, sizes: LlamaSizes) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.attention = GroupedQueryAttention(sizes)
-        self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.feed_forward = SwiGLU(sizes.dim, sizes.ffn_dim)
-
-    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache)
-        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
-
-
-class GroupedQueryAttention(nn.Module):
-    """H query heads share K key/value heads (Ainslie et al. 2023)."""
-
-    def __init__(self, sizes: LlamaSizes) -> None:
-        super().__init__()
-        self.head_dim = sizes.head_dim
-        self.wq = Linear(sizes.dim, sizes.n_heads * sizes.head_dim)
-        self.wk = Linear(sizes.dim, sizes.n_kv_heads * sizes.head_dim)
-        self.wv = Linear(sizes.dim, sizes.n_kv_heads * sizes.head_dim)
-        self.wo = Linear(sizes.n_heads * sizes.head_dim, sizes.dim)
-        self.attend = Attention()
-
-    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        q_BTHC = self.wq(x_BTD).unflatten(-1, (-1, self.head_dim))
-        k_BTKC = self.wk(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTKC = self.wv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q_BTHC = ops.rotate_pairs(q_BTHC, *rotation)
-        k_BTKC = ops.rotate_pairs(k_BTKC, *rotation)
-        if cache is not None:
-            k_BTKC, v_BTKC = cache.append(k_BTKC, v_BTKC)
-        return self.wo(self.attend(q_BTHC, k_BTKC, v_BTKC, mask).flatten(-2))
+        super().__init__(sizes, lambda layer: GroupedQueryAttention(sizes))

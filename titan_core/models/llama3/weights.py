@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from titan_core.declare import hf_decoder
 from titan_core.declare.hf_config import Config, read_llama3_scaling, write_llama3_scaling
 from titan_core.declare.rope import RopeScaling
 from titan_core.declare.weights import Drop, Link, Meta, MetaLayout, Part, Rotary, Rule, Split, Step, Weights
@@ -19,69 +20,24 @@ _INV_FREQ = "rotary frequencies, which titan computes from the sizes"
 
 def hf_rules(sizes: LlamaSizes) -> list[Rule]:
     """Map to the names of `LlamaForCausalLM`."""
-    ours, theirs, rotary = "layers.{layer}", "model.layers.{layer}", (Rotary(sizes.head_dim),)
-    head = ("lm_head.weight",) if sizes.tied else ()
-    rules: list[Rule] = [
-        Link("tok_embeddings.weight", "model.embed_tokens.weight", optional_copies=head),
-        Link(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
-        Link(f"{ours}.attention.wq.weight", f"{theirs}.self_attn.q_proj.weight", rotary),
-        Link(f"{ours}.attention.wk.weight", f"{theirs}.self_attn.k_proj.weight", rotary),
-        Link(f"{ours}.attention.wv.weight", f"{theirs}.self_attn.v_proj.weight"),
-        Link(f"{ours}.attention.wo.weight", f"{theirs}.self_attn.o_proj.weight"),
-        Link(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        Link(f"{ours}.feed_forward.w1.weight", f"{theirs}.mlp.gate_proj.weight"),
-        Link(f"{ours}.feed_forward.w2.weight", f"{theirs}.mlp.down_proj.weight"),
-        Link(f"{ours}.feed_forward.w3.weight", f"{theirs}.mlp.up_proj.weight"),
-        Link("norm.weight", "model.norm.weight"),
-        Drop(f"{theirs}.self_attn.rotary_emb.inv_freq", _INV_FREQ),
-    ]
-    return rules if sizes.tied else [*rules, Link("output.weight", "lm_head.weight")]
+    old = Drop("model.layers.{layer}.self_attn.rotary_emb.inv_freq", _INV_FREQ)
+    return [*hf_decoder.links(sizes, (Rotary(sizes.head_dim),)), old]
 
 
 def read_config(config: Mapping[str, Any]) -> LlamaSizes:
     """Return the sizes that a `config.json` of Llama says. Raises `UsageError` for what titan's Llama is not."""
     read = Config(config)
     read.only(hidden_act="silu", attention_bias=False, mlp_bias=False, pretraining_tp=1)
-    heads = read.integer("num_attention_heads")
-    sizes = read.sizes(
-        LlamaSizes,
-        dim=read.integer("hidden_size"),
-        n_layers=read.integer("num_hidden_layers"),
-        n_heads=heads,
-        n_kv_heads=read.integer("num_key_value_heads", heads),
-        ffn_dim=read.integer("intermediate_size"),
-        vocab_size=read.integer("vocab_size"),
-        norm_eps=read.number("rms_norm_eps", 1e-6),
-        rope_theta=read.rope_theta(10000.0),
-        rope_scaling=read_llama3_scaling(read),
-        max_seq_len=read.integer("max_position_embeddings", 2048),
-        tied=read.boolean("tie_word_embeddings", False),
-    )
+    common = hf_decoder.read_sizes(read, norm_eps=1e-6, rope_theta=10000.0, max_seq_len=2048)
+    sizes = read.sizes(LlamaSizes, **common, rope_scaling=read_llama3_scaling(read))
     read.only(head_dim=sizes.head_dim)
     return sizes
 
 
 def write_config(sizes: LlamaSizes) -> dict[str, Any]:
     """Return the `config.json` of a `LlamaForCausalLM` of these sizes."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": sizes.dim,
-        "num_hidden_layers": sizes.n_layers,
-        "num_attention_heads": sizes.n_heads,
-        "num_key_value_heads": sizes.n_kv_heads,
-        "head_dim": sizes.head_dim,
-        "intermediate_size": sizes.ffn_dim,
-        "vocab_size": sizes.vocab_size,
-        "rms_norm_eps": sizes.norm_eps,
-        "rope_theta": sizes.rope_theta,
-        "rope_scaling": write_llama3_scaling(sizes.rope_scaling),
-        "max_position_embeddings": sizes.max_seq_len,
-        "tie_word_embeddings": sizes.tied,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
+    scaling = write_llama3_scaling(sizes.rope_scaling)
+    return {**hf_decoder.write_sizes(sizes, "LlamaForCausalLM", "llama", scaling), "mlp_bias": False}
 
 
 # ------------------------------------------------------------------------------------------------ Meta

@@ -1,32 +1,17 @@
 """Llama 4: the text model without mixtures of experts."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from titan_core.declare.family import Family
-from titan_core.models.llama4.flavors import FLAVORS, Llama4Sizes
-from titan_core.models.llama4.parameters import attentions, parameters
-from titan_core.models.llama4.sharding import SHARDING
+from titan_core.declare import decoder
+from titan_core.declare.family import Family, lazily
+from titan_core.models.llama4.flavors import FLAVORS, attentions
 from titan_core.models.llama4.weights import WEIGHTS
-
-if TYPE_CHECKING:
-    from titan_core.models.llama4.model import Llama4
-
-
-def _build(sizes: Llama4Sizes) -> Llama4:
-    from titan_core.models.llama4.model import Llama4  # torch: only when a module is built
-
-    return Llama4(sizes)
-
 
 FAMILY = Family(
     name="llama4",
     flavors=FLAVORS,
-    parameters=parameters,
+    parameters=decoder.parameters,
     attentions=attentions,
-    build=_build,
-    blocks=("layers.*",),
-    sharding=SHARDING,
+    build=lazily("titan_core.models.llama4.model", "Llama4"),
+    blocks=decoder.BLOCKS,
+    sharding=decoder.SHARDING,
     weights=WEIGHTS,
 )

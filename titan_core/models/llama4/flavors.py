@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from titan_core.config.schema import Positive, PositiveFloat
+from titan_core.declare.decoder import DecoderSizes
+from titan_core.declare.parameters import Attention
 from titan_core.declare.rope import RopeScaling
 
 
@@ -18,42 +19,40 @@ class Temperature:
     floor: Positive = 8192
 
 
-@dataclass(frozen=True)
-class Llama4Sizes:
+@dataclass(frozen=True, kw_only=True)
+class Llama4Sizes(DecoderSizes):
     """Everything that determines the shape and the arithmetic of a Llama 4 whose layers are all dense.
 
     Every `global_every`-th layer has no rotation and sees all that came before (iRoPE); the others rotate and see their
     own chunk of `chunk` tokens, with `qk_norm` after the rotation.
     """
 
+    head_dim: Positive = 128
     dim: Positive = 5120
     n_layers: Positive = 48
     n_heads: Positive = 40
     n_kv_heads: Positive = 8
-    head_dim: Positive = 128
     ffn_dim: Positive = 16384
     vocab_size: Positive = 202048
     norm_eps: PositiveFloat = 1e-5
     rope_theta: PositiveFloat = 500000.0
-    rope_scaling: RopeScaling | None = None
     max_seq_len: Positive = 1048576
+    rope_scaling: RopeScaling | None = None
     global_every: Positive = 4
     chunk: Positive | None = 8192
     qk_norm: bool = True
     temperature: Temperature | None = field(default_factory=Temperature)
-    tied: bool = False
-    depth_init: bool = True
-    attention_mask: Literal["causal", "block_causal"] = "causal"
-
-    def __post_init__(self) -> None:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: no rotation")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
 
     def is_global(self, layer: int) -> bool:
         """Has this layer no rotation, and sees all that came before?"""
         return (layer + 1) % self.global_every == 0
+
+
+def attentions(sizes: Llama4Sizes) -> tuple[Attention, ...]:
+    """List the attention layers: local ones have a window."""
+    shape = (sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.head_dim)
+    windows = [None if sizes.is_global(layer) else sizes.chunk for layer in range(sizes.n_layers)]
+    return tuple(Attention(*shape, window=window) for window in windows)
 
 
 _DEBUG = Llama4Sizes(

@@ -1,32 +1,17 @@
 """Qwen3, dense."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from titan_core.declare.family import Family
-from titan_core.models.qwen3.flavors import FLAVORS, QwenSizes
-from titan_core.models.qwen3.parameters import attentions, parameters
-from titan_core.models.qwen3.sharding import SHARDING
+from titan_core.declare import decoder
+from titan_core.declare.family import Family, lazily
+from titan_core.models.qwen3.flavors import FLAVORS, HEAD_NORMS
 from titan_core.models.qwen3.weights import WEIGHTS
-
-if TYPE_CHECKING:
-    from titan_core.models.qwen3.model import Qwen3
-
-
-def _build(sizes: QwenSizes) -> Qwen3:
-    from titan_core.models.qwen3.model import Qwen3  # torch: only when a module is built
-
-    return Qwen3(sizes)
-
 
 FAMILY = Family(
     name="qwen3",
     flavors=FLAVORS,
-    parameters=parameters,
-    attentions=attentions,
-    build=_build,
-    blocks=("layers.*",),
-    sharding=SHARDING,
+    parameters=lambda sizes: decoder.parameters(sizes, HEAD_NORMS),
+    attentions=decoder.attentions,
+    build=lazily("titan_core.models.qwen3.model", "Qwen3"),
+    blocks=decoder.BLOCKS,
+    sharding=decoder.SHARDING,
     weights=WEIGHTS,
 )

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from titan_core.config.schema import Positive, PositiveFloat
+from titan_core.declare.decoder import DecoderSizes
+
+HEAD_NORMS = ("q_norm", "k_norm")  # between projection and rotation, one scale for each place in a head
 
 
-@dataclass(frozen=True)
-class QwenSizes:
+@dataclass(frozen=True, kw_only=True)
+class QwenSizes(DecoderSizes):
     """Everything that determines the shape and the arithmetic of a dense Qwen3. Heads have a width of their own."""
 
+    head_dim: Positive = 128
     dim: Positive = 4096
     n_layers: Positive = 36
     n_heads: Positive = 32
     n_kv_heads: Positive = 8
-    head_dim: Positive = 128
     ffn_dim: Positive = 12288
     vocab_size: Positive = 151936
     norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 1000000.0
     max_seq_len: Positive = 40960
-    tied: bool = False
-    depth_init: bool = True
-    attention_mask: Literal["causal", "block_causal"] = "causal"
-
-    def __post_init__(self) -> None:
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: no rotation")
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
 
 
 FLAVORS = {

@@ -1,0 +1,100 @@
+"""What decoder-only families have in common, as data: sizes, parameters, attention layers, places to split.
+
+Blocks of attention and SwiGLU MLP, each behind a norm, between an embedding and a norm with a head. `nn.decoder` is the
+module that these words describe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from titan_core.config.schema import Positive, PositiveFloat
+from titan_core.declare.parameters import Attention, Constant, Normal, Parameter
+from titan_core.declare.sharding import Sharding
+
+SHARDING = Sharding(
+    embeddings=("tok_embeddings",),
+    columns=(
+        "layers.*.attention.wq",
+        "layers.*.attention.wk",
+        "layers.*.attention.wv",
+        "layers.*.feed_forward.w1",
+        "layers.*.feed_forward.w3",
+        "output",
+    ),
+    rows=("layers.*.attention.wo", "layers.*.feed_forward.w2"),
+    regions=("layers.*.attention", "layers.*.feed_forward"),
+    closing=("norm",),
+    attentions=("layers.*.attention.attend",),
+    first=("tok_embeddings",),
+    last=("norm", "output"),
+)
+BLOCKS = ("layers.*",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """Sizes that every decoder has. A family adds `head_dim`, as a size or derived, and what else it needs."""
+
+    dim: Positive
+    n_layers: Positive
+    n_heads: Positive
+    n_kv_heads: Positive
+    ffn_dim: Positive
+    vocab_size: Positive
+    norm_eps: PositiveFloat
+    rope_theta: PositiveFloat
+    max_seq_len: Positive
+    tied: bool = False
+    depth_init: bool = True
+    attention_mask: Literal["causal", "block_causal"] = "causal"
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        head_dim = getattr(self, "head_dim")  # noqa: B009 - a field in one family, a property in another
+        if head_dim % 2:
+            raise ValueError(f"a head is {head_dim} wide, which is odd: no rotation")
+
+
+def parameters(sizes: Any, head_norms: Sequence[str] = ()) -> tuple[Parameter, ...]:
+    """List the parameters in the order of the module. A tied table starts as a head does: it makes the logits.
+
+    `head_norms` are norms inside of the attention, one scale for a head's width.
+    """
+    table, head = (sizes.vocab_size, sizes.dim), Normal(sizes.dim**-0.5, cut=3.0)
+    listed = [Parameter("tok_embeddings.weight", table, "embedding", head if sizes.tied else Normal(1.0))]
+    for layer in range(sizes.n_layers):
+        listed += _block(sizes, layer, head_norms)
+    listed.append(Parameter("norm.weight", (sizes.dim,), "norm", Constant(1.0)))
+    tied_to = "tok_embeddings.weight" if sizes.tied else None
+    listed.append(Parameter("output.weight", table, "output", head, tied_to=tied_to))
+    return tuple(listed)
+
+
+def attentions(sizes: Any) -> tuple[Attention, ...]:
+    """List the attention layers."""
+    one = Attention(sizes.n_heads, sizes.n_kv_heads, sizes.head_dim, sizes.head_dim)
+    return (one,) * sizes.n_layers
+
+
+def _block(sizes: Any, layer: int, head_norms: Sequence[str]) -> Iterator[Parameter]:
+    """Projections start at deviation 0.02; those that write to the residual stream shrink with depth (GPT-2)."""
+    dim, ffn_dim = sizes.dim, sizes.ffn_dim
+    query, key = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
+    depth = layer + 1 if sizes.depth_init else sizes.n_layers
+    inner, residual, one = Normal(0.02), Normal(0.02 / (2 * depth) ** 0.5), Constant(1.0)
+    prefix = f"layers.{layer}"
+    yield Parameter(f"{prefix}.attention_norm.weight", (dim,), "norm", one)
+    yield Parameter(f"{prefix}.attention.wq.weight", (query, dim), "hidden", inner)
+    yield Parameter(f"{prefix}.attention.wk.weight", (key, dim), "hidden", inner)
+    yield Parameter(f"{prefix}.attention.wv.weight", (key, dim), "hidden", inner)
+    yield Parameter(f"{prefix}.attention.wo.weight", (dim, query), "hidden", residual)
+    for norm in head_norms:
+        yield Parameter(f"{prefix}.attention.{norm}.weight", (sizes.head_dim,), "norm", one)
+    yield Parameter(f"{prefix}.ffn_norm.weight", (dim,), "norm", one)
+    yield Parameter(f"{prefix}.feed_forward.w1.weight", (ffn_dim, dim), "hidden", inner)
+    yield Parameter(f"{prefix}.feed_forward.w2.weight", (dim, ffn_dim), "hidden", residual)
+    yield Parameter(f"{prefix}.feed_forward.w3.weight", (ffn_dim, dim), "hidden", residual)
