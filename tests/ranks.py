@@ -40,8 +40,26 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
         return [_result(Path(folder), rank) for rank in range(size)]
 
 
+def apart(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
+    """Return what `function(*args)` returned in a fork of this process, without a process group.
+
+    For what would leave this process unfit to be forked: a backward on fake tensors starts autograd's device threads,
+    after which no child can run a backward.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _wait([_fork(function, args, 0, 1, Path(folder), timeout, group=False)], timeout)
+        return _result(Path(folder), 0)
+
+
 def _fork(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, size: int, folder: Path, timeout: float
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    size: int,
+    folder: Path,
+    timeout: float,
+    *,
+    group: bool = True,
 ) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
@@ -50,18 +68,23 @@ def _fork(
         return pid
     code, result = 1, folder / f"{rank}.pkl"
     try:
-        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
-        os.environ.update({name: str(value) for name, value in names.items()})
         torch.set_num_threads(1)
-        store = dist.FileStore(str(folder / "store"), size)
-        limit = timedelta(seconds=min(timeout, 30))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        if group:
+            _join(rank, size, folder, timeout)
         result.write_bytes(pickle.dumps(("ok", function(*args))))
         code = 0
     except BaseException:  # the traceback is the result
         result.write_bytes(pickle.dumps(("failed", traceback.format_exc())))
     finally:
         os._exit(code)  # never back into the caller: that would be a second pytest
+
+
+def _join(rank: int, size: int, folder: Path, timeout: float) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    store = dist.FileStore(str(folder / "store"), size)
+    limit = timedelta(seconds=min(timeout, 30))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 
 def _wait(pids: list[int], timeout: float) -> None:

@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 from tests.runs import tiny
 from titan_core.data.loader import Batch
 from titan_core.declare.family import Family
-from titan_core.estimation.memory import Memory, data_parallel_memory
+from titan_core.estimation.memory import Memory, rank_memory
 from titan_core.models import resolve
 from titan_core.optim.build import build_optimizer, state_tensors
 from titan_core.parallel.mesh import Layout, Mesh
@@ -18,7 +18,14 @@ from titan_core.training.build import build_model
 
 def estimate(config, shards: int = 1) -> Memory:
     family, sizes = resolve(config.model)
-    return data_parallel_memory(config, family.parameters(sizes), sizes.n_layers, sizes.vocab_size, shards=shards)
+    replicas = config.parallelism.data_parallel_replicate_degree
+    return rank_memory(
+        config,
+        family.parameters(sizes),
+        sizes.n_layers,
+        sizes.vocab_size,
+        Layout(dp_replicate=replicas, dp_shard=shards),
+    )
 
 
 def built(config, size: int) -> tuple[torch.nn.Module, Family, object]:

@@ -5,6 +5,7 @@ All ways to split a model, their pairs and triples, on gloo. Then layouts drawn 
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.parity.layouts import Seen, assert_same, first_steps
-from tests.runs import tiny
+from tests.runs import losses, tiny
 from titan_core.config.layout import Layout, factorings
 from titan_core.models import resolve
 from titan_core.parallel import legal
@@ -126,9 +127,9 @@ def alone(model: str) -> Seen:
         return first_steps(tiny(folder, **settings_of({}, MODELS[model])), 1)
 
 
-def check(layout: dict[str, Any], model: str, folder: Path, **more: Any) -> None:
-    found = first_steps(tiny(folder, **settings_of(layout, MODELS[model], **more)), ranks_of(layout))
-    assert_same(found, alone(model))
+def seen(layout: dict[str, Any], model: str, folder: Path, **more: Any) -> Seen:
+    """What the ranks of a layout see."""
+    return first_steps(tiny(folder, **settings_of(layout, MODELS[model], **more)), ranks_of(layout))
 
 
 def too_new(layout: dict[str, Any]) -> bool:
@@ -139,7 +140,7 @@ def too_new(layout: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("model", ["gqa", "tied", "packed"])
 def test_whole_models(name: str, model: str, tmp_path: Path) -> None:
-    check(WHOLE[name], model, tmp_path)
+    assert_same(seen(WHOLE[name], model, tmp_path), alone(model))
 
 
 @pytest.mark.parametrize("name", PIPELINED)
@@ -148,12 +149,69 @@ def test_pipelined_models(name: str, model: str, tmp_path: Path, request: pytest
     if too_new(PIPELINED[name]):
         reason = "torch 2.11: '_input_metadata is invalid', and in a V also gloo's 'Pair is not connected'"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    check(PIPELINED[name], model, tmp_path)
+    assert_same(seen(PIPELINED[name], model, tmp_path), alone(model))
 
 
 @pytest.mark.parametrize("name", ["fsdp", "hsdp", "fsdp x tensor", "fsdp x ring", "simple fsdp"])
 def test_microbatches_and_padding(name: str, tmp_path: Path) -> None:
-    check(WHOLE[name], "padded", tmp_path, rows=1)
+    assert_same(seen(WHOLE[name], "padded", tmp_path, rows=1), alone("padded"))
+
+
+@pytest.mark.parametrize("degrees", [{"dp": 2}, {"rep": 2, "dp": 2}], ids=str)
+@pytest.mark.parametrize("model", ["gqa", "tied"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_sharding_by_views_is_fsdp2_bit_for_bit(degrees: dict[str, Any], model: str, rows: int, tmp_path: Path) -> None:
+    """With two ranks on an axis a sum has one order, so nothing may differ."""
+    views, hooks = (
+        seen({**degrees, "backend": backend}, model, tmp_path / backend, rows=rows) for backend in ("simple", "fsdp2")
+    )
+    assert views.losses == hooks.losses
+    assert all(torch.equal(views.gradients[name], gradient) for name, gradient in hooks.gradients.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["tensor, sequence, loss", "context, allgather", "context, ring", "context, heads", "simple fsdp", "fsdp x tensor"],
+)
+def test_compiled_blocks(name: str, tmp_path: Path) -> None:
+    compiled = {"compile__enable": True, "compile__backend": "aot_eager"}
+    settings = settings_of(WHOLE[name], compiled)
+    assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(WHOLE[name])), alone("gqa"))
+
+
+@pytest.mark.parametrize("name", ["tensor, sequence, loss", "context, heads", "simple fsdp", "pipeline x fsdp"])
+def test_recomputation_by_operation(name: str, tmp_path: Path) -> None:
+    layout = {**WHOLE, **PIPELINED}[name]
+    recompute = {
+        "activation_checkpoint__mode": "selective",
+        "activation_checkpoint__selective_ac_option": "op",
+        "activation_checkpoint__per_op_sac_force_recompute_mm_shapes_by_fqns": "w1",
+    }
+    found = first_steps(tiny(tmp_path, **settings_of(layout, recompute)), ranks_of(layout))
+    assert_same(found, alone("gqa"))
+
+
+@pytest.mark.parametrize("name", ["tensor, sequence, loss", "context, allgather", "context, heads", "pipeline, 1F1B"])
+def test_validation_loss(name: str, tmp_path: Path) -> None:
+    """On sequences of another length, in documents, with batches that the data ranks share."""
+    settings = {
+        **MODELS["packed"],
+        "training__steps": 2,
+        "validation__enable": True,
+        "validation__steps": 6,
+        "validation__seq_len": 16,
+        "validation__local_batch_size": 2,
+        "validation__freq": 1,
+    }
+    found, expected = [], []
+    for layout, into in (({**WHOLE, **PIPELINED}[name], found), ({}, expected)):
+        folder = tmp_path / f"{ranks_of(layout)}"
+        losses(tiny(folder, **settings_of(layout, settings)), ranks_of(layout))
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        into += [record["loss"] for record in records if record["event"] == "validated"]
+    assert len(found) == 2
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pipeline, 1F1B", "pipeline x fsdp"])

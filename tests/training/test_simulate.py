@@ -6,17 +6,29 @@ from typing import Any
 
 import pytest
 
+from tests.ranks import apart
 from tests.runs import tiny
 from titan_core.config.catalog import recipes
-from titan_core.config.load import load
+from titan_core.config.load import Resolved, load
 from titan_core.jobs import plan
 
-INTENDED = {"llama3_debugmodel": 1, "llama3_1b": 1, "llama3_8b": 8}  # ranks
+INTENDED = {  # ranks
+    "llama3_debugmodel": 1,
+    "llama3_1b": 1,
+    "llama3_8b": 8,
+    "llama4_debugmodel": 1,
+    "qwen3_0.6b": 1,
+    "qwen3_debugmodel": 1,
+}
+
+
+def ranks(resolved: Resolved, world: int, device: str) -> list[dict[str, Any]]:
+    return apart(lambda: plan.run(resolved, world, device).ranks)
 
 
 def planned(folder: Any, world: int, **changes: Any) -> list[dict[str, Any]]:
     settings = {"model.args.n_layers": 4, "training__local_batch_size": 4, "training__global_batch_size": 16, **changes}
-    return plan.run(tiny(folder, **settings), world, "cpu").ranks
+    return ranks(tiny(folder, **settings), world, "cpu")
 
 
 def sent(rank: dict[str, Any]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -60,13 +72,23 @@ def test_everything_in_flight_at_once_is_most_for_gpipe(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", INTENDED)
 def test_recipes_are_planned(name: str) -> None:
-    (rank,) = plan.run(load(name, []), INTENDED[name], "cuda").ranks
+    (rank,) = ranks(load(name, []), INTENDED[name], "cuda")
     assert rank["ranks"] == INTENDED[name]
     assert rank["weights"] + rank["optimizer"] < rank["peak"] < 80 << 30
 
 
 def test_every_recipe_has_an_intended_size() -> None:
-    assert {name for name in recipes() if name.startswith("llama3")} == set(INTENDED)
+    assert set(recipes()) == set(INTENDED)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_views_gather_a_parameter_once_a_forward_and_reduce_it_once_a_step(tied: bool, tmp_path) -> None:
+    settings = {"parallelism__data_parallel_backend": "simple", "model.args.tied": tied}
+    (rank,) = planned(tmp_path, 2, **settings)
+    found, microbatches = sent(rank), 2
+    count = 9 * 4 + 2 + (not tied)  # nine a block, the embedding, the last norm, and the head
+    assert found[("all-gather", "fsdp")][0] == microbatches * count
+    assert found[("reduce-scatter", "fsdp")][0] == count
 
 
 def test_llama3_405b_on_512_ranks() -> None:
@@ -75,7 +97,7 @@ def test_llama3_405b_on_512_ranks() -> None:
         ("parallelism.tensor_parallel_degree", "8"),
         ("activation_checkpoint.mode", "full"),
     ]
-    (rank,) = plan.run(load("llama3_8b", words), 512, "cuda").ranks
+    (rank,) = ranks(load("llama3_8b", words), 512, "cuda")
     assert rank["parameters"] == 792_755_456
     assert sent(rank)[("all-gather", "fsdp")][0] == 2 * 126 + 1
     assert rank["peak"] < 24 << 30

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from titan_core.config.layout import Layout
 from titan_core.config.schema import Config
 from titan_core.declare.parameters import Parameter
 
@@ -38,47 +39,60 @@ class Memory:
         return {name: size for name, size in vars(self).items() if name != "host"}
 
 
-def data_parallel_memory(
-    config: Config, parameters: Sequence[Parameter], num_blocks: int, vocab_size: int, *, shards: int
+def rank_memory(
+    config: Config, parameters: Sequence[Parameter], num_blocks: int, vocab_size: int, layout: Layout
 ) -> Memory:
-    """Estimate the memory of a rank whose parameters are split over `shards` ranks.
+    """Estimate the memory of a rank by plain arithmetic; a dry run counts it instead.
 
-    Activations: with every block recomputed its input is kept, and one block's own; without, what `_block_width` says.
+    Tensor and pipeline parallelism divide parameters, FSDP their shares once more. Activations: with every block
+    recomputed its input is kept, and one block's own; without, what `_block_width` says; of all microbatches in flight.
     Attention is taken not to store its scores. FSDP gathers two blocks at once (the next is prefetched), or all where
     it does not free them; and between the microbatches of a step it keeps the gradient of every parameter whole.
     """
     training = config.training
     own = [p for p in parameters if p.tied_to is None]
-    total = sum(p.numel for p in own)
-    store, compute = _BYTES[training.dtype], _BYTES[training.mixed_precision_param]
-    local = -(-total // shards)
     blocks = [p for p in own if p.role not in ("embedding", "output")]
-    block = sum(p.numel for p in blocks) // max(num_blocks, 1)
-    rest = total - block * num_blocks
+    total = -(-sum(p.numel for p in own) // (layout.tp * layout.pp))
+    num_held = -(-num_blocks // layout.pp)
+    block = sum(p.numel for p in blocks) // max(num_blocks, 1) // layout.tp
+    rest = max(0, total - block * num_held)
+    store, compute = _BYTES[training.dtype], _BYTES[training.mixed_precision_param]
     offload = training.enable_cpu_offload
-    share, whole = store * local, 0
+    share, whole = store * -(-total // layout.fsdp), 0
     gathered = compute * total if compute != store else 0
-    if shards > 1 or offload:
-        kept = num_blocks if config.parallelism.fsdp_reshard_after_forward == "never" else min(2, num_blocks)
-        gathered = compute * (rest + kept * block)
-        whole = _BYTES[training.mixed_precision_reduce] * total if _microbatches(config, shards) > 1 else 0
-    tokens = training.local_batch_size * training.seq_len
+    rows, steps = _rows_and_microbatches(config, layout)
+    if layout.fsdp > 1 or offload:
+        frees = config.parallelism.fsdp_reshard_after_forward != "never" and layout.pp == 1
+        gathered = compute * (rest + (min(2, num_held) if frees else num_held) * block)
+        whole = _BYTES[training.mixed_precision_reduce] * total if steps > 1 else 0
+    tokens = rows * training.seq_len // layout.cp
     width = next(p.shape[-1] for p in own if p.role == "embedding")
-    per_block = compute * tokens * _block_width(blocks, width) // max(num_blocks, 1)
+    per_block = compute * tokens * _block_width(blocks, width) // max(num_blocks, 1) // layout.tp
+    split = layout.tp if config.parallelism.enable_sequence_parallel else 1
+    in_flight = (
+        1 if layout.pp == 1 else steps if config.parallelism.pipeline_parallel_schedule == "GPipe" else layout.pp
+    )
+    vocab = vocab_size // layout.tp
     return Memory(
         weights=share,
         gradients=share + whole if offload else max(share, whole),
         optimizer=2 * share,
         gathered=gathered,
-        activations=_activations(config, num_blocks, compute * tokens * width, per_block),
-        logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab_size) + 4 * vocab_size * width,
+        activations=min(in_flight, steps)
+        * _activations(config, num_held, compute * tokens * width // split, per_block),
+        logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab) + 4 * vocab * width,
         host=4 * share if offload else 0,
     )
 
 
-def _microbatches(config: Config, shards: int) -> int:
-    ranks = shards * config.parallelism.data_parallel_replicate_degree
-    return max(1, config.training.global_batch_size // (config.training.local_batch_size * ranks))
+def _rows_and_microbatches(config: Config, layout: Layout) -> tuple[int, int]:
+    """Return the rows of a microbatch, and how many of them a rank computes a step."""
+    rows = config.training.local_batch_size
+    steps = max(1, config.training.global_batch_size // (rows * layout.dp))
+    if layout.pp == 1:
+        return rows, steps
+    micro = config.parallelism.pipeline_parallel_microbatch_size
+    return micro, steps * max(1, rows // micro)
 
 
 def _block_width(blocks: Sequence[Parameter], width: int) -> int:

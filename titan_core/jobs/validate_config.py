@@ -8,9 +8,10 @@ from titan_core.data.local_files import local_files
 from titan_core.data.sources import NAMED, NAMES, open_source
 from titan_core.data.tokenizer import BUILT_IN_VOCAB, load_tokenizer
 from titan_core.estimation.flops import count_parameters
-from titan_core.estimation.memory import GIB, data_parallel_memory
+from titan_core.estimation.memory import GIB, rank_memory
 from titan_core.jobs.stages import Report
-from titan_core.models import resolve
+from titan_core.models import problems, resolve
+from titan_core.parallel import legal
 from titan_core.parallel.mesh import Layout
 from titan_core.runtime.errors import ConfigError, DataError, Problem
 from titan_core.runtime.events import silent
@@ -39,10 +40,10 @@ def run(resolved: Resolved, world_size: int | None) -> Report:
     return report
 
 
-def unreadable(problems: list[Problem]) -> Report:
+def unreadable(found: list[Problem]) -> Report:
     """Return the report on a config whose keys or values are wrong: nothing after that can be checked."""
     report = Report()
-    report.failed(STAGES[0], problems)
+    report.failed(STAGES[0], found)
     for name in STAGES[1:]:
         report.skipped(name, "needs valid keys")
     return report
@@ -55,8 +56,12 @@ def _rules(found: list[Problem]) -> str:
 
 
 def _layout(resolved: Resolved, world_size: int) -> str:
+    """Check the degrees, and whether the model divides by them, if it is one."""
     _rules(check_layout(resolved, world_size))
-    return f"{world_size} ranks: {Layout.of(resolved.config.parallelism, world_size)}"
+    layout = Layout.of(resolved.config.parallelism, world_size)
+    if not problems(resolved.config.model):
+        _rules(legal.problems(resolved.config, layout, *resolve(resolved.config.model)))
+    return f"{world_size} ranks: {layout}"
 
 
 def _model(resolved: Resolved) -> str:
@@ -105,13 +110,7 @@ def _data_set(name: str, path: str | None, resolved: Resolved, *, validation: bo
 def _memory(resolved: Resolved, world_size: int) -> str:
     config = resolved.config
     family, sizes = resolve(config.model)
-    memory = data_parallel_memory(
-        config,
-        family.parameters(sizes),
-        len(family.attentions(sizes)),
-        sizes.vocab_size,
-        shards=Layout.of(config.parallelism, world_size).world_size
-        // config.parallelism.data_parallel_replicate_degree,
-    )
+    blocks, layout = len(family.attentions(sizes)), Layout.of(config.parallelism, world_size)
+    memory = rank_memory(config, family.parameters(sizes), blocks, sizes.vocab_size, layout)
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in memory.parts().items())
     return f"about {memory.total / GIB:.2f} GiB a rank: {parts}"

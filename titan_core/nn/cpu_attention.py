@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from titan_core.nn.planning import step_of
+
 _QUERIES = 64  # of 64, 128, 256 and 512 the fastest at 512 tokens: 51, 56, 68 and 89 ms
 _KEEP = 1 << 23  # probabilities up to this number are kept for the backward, more are computed again
 
@@ -88,4 +90,5 @@ def heads_of(x: Tensor, batch: int, groups: int) -> Tensor:
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
-    return [(start, min(start + _QUERIES, tokens)) for start in range(0, tokens, _QUERIES)]
+    step = step_of(_QUERIES, tokens)
+    return [(start, min(start + step, tokens)) for start in range(0, tokens, step)]

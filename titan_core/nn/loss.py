@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_core.nn.planning import device_type, planning
+from titan_core.nn.planning import device_type, planning, step_of
 
 IGNORE = -100
 _CHUNK = 1 << 25  # logits of one matmul: 64 MiB in bf16, and enough rows for the matmul to run at full speed
@@ -100,7 +100,7 @@ def loss_and_slope(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]
 def _blockwise(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """Do what `loss_and_slope` does on a few rows at a time, in place: the fp32 numbers stay in a CPU's cache."""
     total = logits_NV.new_zeros((), dtype=torch.float32)
-    for rows in _slices(logits_NV.shape[0], _BLOCK // logits_NV.shape[1]):
+    for rows in _slices(logits_NV.shape[0], step_of(_BLOCK // logits_NV.shape[1], logits_NV.shape[0])):
         valid = labels_N[rows, None] != IGNORE
         target = labels_N[rows, None].clamp_min(0)
         log_probs = logits_NV[rows].float().log_softmax(-1)

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
+_STEPS = 8
 _PLANNED: ContextVar[str | None] = ContextVar("planned", default=None)
 
 
@@ -32,3 +33,8 @@ def planning() -> bool:
 def device_type(x: Tensor) -> str:
     """Return the type of the device that a tensor is on, or is planned for."""
     return _PLANNED.get() or x.device.type
+
+
+def step_of(step: int, total: int) -> int:
+    """Return in which steps to walk over `total`: as asked, but in a plan in few, as each costs time and no memory."""
+    return max(step, -(-total // _STEPS)) if planning() else max(1, step)

@@ -38,8 +38,11 @@ SAVED_OPS = {
 MATMUL_OPS = {_aten.mm.default, _aten.linear.default}
 
 
-def apply(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> str:
-    """Make blocks recompute as configured, and return a few words that say what was done."""
+def apply(blocks: Sequence[nn.Module], config: ActivationCheckpoint, forced: set[torch.Size]) -> str:
+    """Make blocks recompute as configured, and return a few words that say what was done.
+
+    `forced` is what `forced_shapes` gave before parameters were sharded by views.
+    """
     if config.mode == "none":
         return "none"
     if config.mode == "memory_budget":
@@ -54,7 +57,7 @@ def apply(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> str:
     elif config.selective_ac_option == "op":
         chosen = list(blocks)
         said = "by operation"
-        context = partial(_contexts, _forced_shapes(blocks, config))
+        context = partial(_contexts, forced)
     else:
         every = int(config.selective_ac_option)
         chosen, context = list(blocks[every - 1 :: every]), None
@@ -72,7 +75,7 @@ def _wrap(block: nn.Module, context: Any, early_stop: bool) -> None:
     block.forward = partial(checkpoint, block.forward, **options)
 
 
-def _forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> set[torch.Size]:
+def forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> set[torch.Size]:
     """Return the (in, out) shapes of the linear layers that are recomputed in spite of the policy."""
     patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
     shapes = set()

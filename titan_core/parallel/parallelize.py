@@ -76,9 +76,10 @@ def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple
     units = find(model, family.blocks)
     module = part.task if part.cut is None else pipeline.Stage(part.task, last=part.cut.last)
     kind = data_parallel.kind_of(mesh.layout, config)
+    forced = activation_checkpoint.forced_shapes(units, config.activation_checkpoint)
     if kind == "simple":
         data_parallel.apply_views(module, units, mesh, config)
-    said = [f"recompute {activation_checkpoint.apply(units, config.activation_checkpoint)}"]
+    said = [f"recompute {activation_checkpoint.apply(units, config.activation_checkpoint, forced)}"]
     if config.compile.enable and "model" in config.compile.components:
         _compile(units, config.compile)
         said.append(f"compile {len(units)} blocks ({config.compile.backend})")

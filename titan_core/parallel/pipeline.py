@@ -94,7 +94,8 @@ class Pipeline:
             pipe.clear_runtime_states()
         args = [(piece.tokens,) for piece in micro] if self.pipes[0].is_first else None
         for stage in self.stages:
-            stage.module.waiting = deque(micro)  # pyright: ignore[reportAttributeAccessIssue]
+            module: Any = stage.module
+            module.waiting = deque(micro)
         self.schedule._step_microbatches(args, None, micro, [], False)
         return self.total
 

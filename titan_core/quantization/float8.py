@@ -28,8 +28,8 @@ from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 from torchao.float8.float8_utils import amax_to_scale
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
-from titan_core.nn.layers import Linear
 from titan_core.quantization.choose import Recipe
+from titan_core.quantization.layer import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,15 @@ class Arithmetic:
         )
 
 
-class Float8Linear(Linear):
-    """A `Linear` whose matmuls take float8 operands; its weight is the one of the layer that it replaces."""
-
-    def __init__(self, layer: Linear, arithmetic: Arithmetic) -> None:
-        rows, columns = layer.weight.shape
-        with torch.device("meta"):
-            super().__init__(columns, rows)
-        self.weight = layer.weight
-        self.compute_dtype = layer.compute_dtype
-        self.arithmetic = arithmetic
+class Float8Linear(QuantizedLinear[Arithmetic]):
+    """A `Linear` whose matmuls take float8 operands."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype in which a `Linear` would compute."""
-        weight = self.weight
-        dtype = self.compute_dtype or weight.dtype
+        weight, dtype = self.weight, self.dtype
         return matmul_with_hp_or_float8_args.apply(
             x_ND.to(dtype), weight.to(dtype).t(), self.arithmetic.matmuls, self.arithmetic.casts
         )
-
-    def extra_repr(self) -> str:
-        """Show the sizes and the recipe."""
-        return f"{super().extra_repr()}, float8 {self.arithmetic.recipe}"
 
     def gather_in_float8(self) -> None:
         """Make FSDP gather the weight in float8, a quarter or half of the bytes, with one scale for all ranks.

@@ -20,7 +20,7 @@ from torchao.prototype.mx_formats.config import (
 )
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
-from titan_core.nn.layers import Linear
+from titan_core.quantization.layer import QuantizedLinear
 
 BLOCK = 32
 
@@ -48,27 +48,15 @@ class Arithmetic:
         )
 
 
-class MXLinear(Linear):
-    """A `Linear` whose matmuls take MXFP8 operands; its weight is the one of the layer that it replaces."""
-
-    def __init__(self, layer: Linear, arithmetic: Arithmetic) -> None:
-        rows, columns = layer.weight.shape
-        with torch.device("meta"):
-            super().__init__(columns, rows)
-        self.weight = layer.weight
-        self.compute_dtype = layer.compute_dtype
-        self.arithmetic = arithmetic
+class MXLinear(QuantizedLinear[Arithmetic]):
+    """A `Linear` whose matmuls take MXFP8 operands."""
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype in which a `Linear` would compute."""
         weight, how, e4m3 = self.weight, self.arithmetic, torch.float8_e4m3fn
-        dtype = self.compute_dtype or weight.dtype
+        dtype = self.dtype
         y = mx_mm.apply(
             x_ND.to(dtype).contiguous(), weight.to(dtype), e4m3, e4m3, e4m3, BLOCK,
             how.kernels, how.cast_rows, how.cast_columns, how.rounding, False,
         )  # fmt: skip
         return y.to(dtype)  # the kernels give bf16
-
-    def extra_repr(self) -> str:
-        """Show the sizes and the recipe."""
-        return f"{super().extra_repr()}, {self.arithmetic.recipe}"
