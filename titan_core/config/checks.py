@@ -18,7 +18,6 @@ from titan_core.runtime.errors import Problem, UsageError
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "parallelism.expert_parallel_degree": (1,),
     "parallelism.expert_tensor_parallel_degree": (1,),
-    "parallelism.enable_async_tensor_parallel": (False,),
     "parallelism.enable_compiled_autograd": (False,),
     "optimizer.early_step_in_backward": (False,),
     "job.custom_config_module": ("",),
@@ -38,8 +37,8 @@ def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
     """Return every problem of a config, for a number of ranks where that is known."""
     config = resolved.config
     rules = (
-        _not_yet(resolved), _batch(config), _schedule(config), _memory(config), _files(config), _saving(config),
-        quantize.problems(config),
+        _not_yet(resolved), _batch(config), _schedule(config), _memory(config), _overlap(config), _files(config),
+        _saving(config), quantize.problems(config),
     )  # fmt: skip
     found = [_placed(problem, resolved) for problems in rules for problem in problems]
     return found if world_size is None else found + check_layout(resolved, world_size)
@@ -121,6 +120,22 @@ def _memory(config: Config) -> Iterator[Problem]:
     if config.training.enable_cpu_offload and replicated_only:
         message = "host offload is FSDP's, and `parallelism.data_parallel_shard_degree` is 1 (DDP)"
         yield Problem("training.enable_cpu_offload", message, tip="set data_parallel_shard_degree to -1")
+
+
+def _overlap(config: Config) -> Iterator[Problem]:
+    """Asynchronous tensor parallelism is what the compiler makes of the tensor-parallel exchanges of blocks."""
+    parallel, key = config.parallelism, "parallelism.enable_async_tensor_parallel"
+    if not parallel.enable_async_tensor_parallel:
+        return
+    needed = {
+        "parallelism.tensor_parallel_degree above 1": parallel.tensor_parallel_degree > 1,
+        "parallelism.enable_sequence_parallel": parallel.enable_sequence_parallel,
+        "compile.enable, with `model` among compile.components": config.compile.enable
+        and "model" in config.compile.components,
+    }
+    missing = [name for name, there in needed.items() if not there]
+    if missing:
+        yield Problem(key, f"`{key}` needs {' and '.join(missing)}", tip=f"set {missing[0]}, or leave it off")
 
 
 def _files(config: Config) -> Iterator[Problem]:

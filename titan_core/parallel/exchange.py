@@ -15,19 +15,24 @@ _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_te
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
 
+def arrived(x: Tensor) -> Tensor:
+    """Wait for the result of a collective; what the compiler traces waits by itself, where its patterns expect it."""
+    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
+
+
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Concatenate the ranks' parts along a dimension."""
-    return funcol.wait_tensor(_all_gather(x.contiguous(), dim, group))
+    return arrived(_all_gather(x.contiguous(), dim, group))
 
 
 def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup, op: str = "sum") -> Tensor:
     """Add (or "avg") the ranks' tensors and keep this rank's part along a dimension."""
-    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), op, dim, group))
+    return arrived(_reduce_scatter(x.contiguous(), op, dim, group))
 
 
 def all_reduce(x: Tensor, group: ProcessGroup, op: str = "sum") -> Tensor:
     """Add (or "avg", "max") the ranks' tensors."""
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, group))
+    return arrived(funcol.all_reduce(x.contiguous(), op, group))
 
 
 class Gather(torch.autograd.Function):
@@ -96,4 +101,4 @@ class AllToAll(torch.autograd.Function):
 
 def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
     """Exchange equal parts along dim 0."""
-    return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), None, None, group))
+    return arrived(funcol.all_to_all_single(x.contiguous(), None, None, group))

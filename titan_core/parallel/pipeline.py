@@ -11,14 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
 from titan_core.config.schema import Parallelism
 from titan_core.declare.sharding import Sharding, matches
@@ -27,6 +25,9 @@ from titan_core.parallel.mesh import Mesh
 from titan_core.parallel.stages import SPLIT_BACKWARD, Cut
 from titan_core.parallel.views import Passage
 from titan_core.runtime.errors import MachineError
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 
 class Stage(nn.Module):
@@ -166,6 +167,8 @@ def build(
     device: torch.device,
 ) -> Pipeline:
     """Join materialised stages to a pipeline that runs so many microbatches a step, each of rows of `tokens`."""
+    from torch.distributed.pipelining import PipelineStage  # and the compiler's front end with it: 0.7 s
+
     group, rows = mesh.pp_group, config.pipeline_parallel_microbatch_size
     ids = torch.empty(rows, tokens, dtype=torch.int64, device="meta")
     between = torch.empty(
@@ -197,14 +200,14 @@ def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any
             "autograd functions that are written in Python",
             tip="use torch 2.14 or newer, or Interleaved1F1B",
         )
-    if config.pipeline_parallel_schedule_csv:
-        from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+    from torch.distributed.pipelining import schedules
 
-        schedule = _PipelineScheduleRuntime(pipeline.pipes, microbatches, **options)
+    if config.pipeline_parallel_schedule_csv:
+        schedule = schedules._PipelineScheduleRuntime(pipeline.pipes, microbatches, **options)
         schedule._load_csv(str(Path(config.pipeline_parallel_schedule_csv)))
         return schedule
-    cls: Any = get_schedule_class(config.pipeline_parallel_schedule)
-    if issubclass(cls, PipelineScheduleSingle):
+    cls: Any = schedules.get_schedule_class(config.pipeline_parallel_schedule)
+    if issubclass(cls, schedules.PipelineScheduleSingle):
         return cls(pipeline.pipes[0], microbatches, **options)
     return cls(pipeline.pipes, microbatches, **options)
 

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from titan_core.nn.attention import visible
 from titan_core.nn.cpu_attention import heads_of, rows_of
 from titan_core.nn.pieces import merge, piece_backward, piece_forward
+from titan_core.parallel.exchange import arrived
 
 _SCORES = 1 << 26  # scores that exist at once: 256 MiB in fp32
 
@@ -58,7 +59,7 @@ class _Ring(torch.autograd.Function):
             for rows, keys, hidden in ctx.ring.pieces(source, q):
                 more = piece_forward(q[:, rows], held[0][:, keys], held[1][:, keys], hidden)
                 out[:, rows], lse[:, rows] = merge(out[:, rows], lse[:, rows], *more)
-            held = [funcol.wait_tensor(new).view_as(old) for new, old in zip(arriving, held, strict=True)]
+            held = [arrived(new).view_as(old) for new, old in zip(arriving, held, strict=True)]
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         return heads_of(out, q_BTHC.shape[0], ctx.groups)
@@ -82,9 +83,7 @@ class _Ring(torch.autograd.Function):
                 sums[0][:, keys] += more_k
                 sums[1][:, keys] += more_v
             arriving += ctx.ring.send(sums)
-            *held, grad_k, grad_v = (
-                funcol.wait_tensor(new).view_as(old) for new, old in zip(arriving, held + sums, strict=True)
-            )
+            *held, grad_k, grad_v = (arrived(new).view_as(old) for new, old in zip(arriving, held + sums, strict=True))
             sums = [grad_k, grad_v]
         grad_k, grad_v = (heads_of(x.to(k.dtype), batch, 1) for x in sums)
         grad_q = heads_of(grad_q.mul_(ctx.scale).to(q.dtype), batch, ctx.groups)

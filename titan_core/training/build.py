@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     loader: BatchLoader
     said: list[str]
+    reports: list[Callable[[], str]]
 
     @property
     def microbatches(self) -> int:
@@ -108,7 +110,7 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     cutter = Cutter(layout, mesh.at["cp"], config.parallelism.context_parallel_rotate_method)
     return Parts(
         config, world, mesh, family, sizes, seed, rows, tokenizer, built.models, built.task, built.parallel, cutter,
-        optimizer, loader, built.said,
+        optimizer, loader, built.said, built.reports,
     )  # fmt: skip
 
 
@@ -120,20 +122,30 @@ class Built:
     task: CausalLM
     parallel: Parallel
     said: list[str]
+    reports: list[Callable[[], str]]
 
 
 @dataclass(frozen=True)
 class LaidOut:
-    """What this rank holds of a model, on the meta device: its parts and, in the same order, how they are run."""
+    """What this rank holds of a model, on the meta device: its parts and, in the same order, how they are run.
+
+    `said` is what was done; `reports` say, after the first step, what came of it.
+    """
 
     parts: list[Part]
     stages: list[DataParallel]
     said: list[str]
+    reports: list[Callable[[], str]]
 
 
 def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torch.device) -> LaidOut:
     """Build a model on the meta device and lay it out over a mesh."""
     inner, said = _inner_loss(config, mesh, sizes)
+    reports: list[Callable[[], str]] = []
+    if config.parallelism.enable_async_tensor_parallel and config.compile.enable:  # a plan compiles nothing
+        from titan_core.parallel import async_tensor  # the compiler: 1 s
+
+        reports.append(async_tensor.enable(mesh.tp.get_group(), mesh.device_type).report)
     parts: list[Part] = []
     laid: list[DataParallel] = []
     for model, cut in parts_of(family, sizes, mesh, config):
@@ -145,7 +157,7 @@ def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torc
         laid.append(stage)
         precompute_scales(stage.module, config)
         said = quantized + words + said if len(parts) == 1 else said
-    return LaidOut(parts, laid, said)
+    return LaidOut(parts, laid, said, reports)
 
 
 def build_model(
@@ -160,8 +172,9 @@ def build_model(
     models = [part.model for part in laid.parts]
     task = laid.parts[-1].task
     if mesh.layout.pp == 1:
-        return Built(models, task, laid.stages[0], laid.said)
-    return Built(models, task, join(config, world.device, mesh, sizes, laid, global_batch), laid.said)
+        return Built(models, task, laid.stages[0], laid.said, laid.reports)
+    joined = join(config, world.device, mesh, sizes, laid, global_batch)
+    return Built(models, task, joined, laid.said, laid.reports)
 
 
 def join(config: Config, device: torch.device, mesh: Mesh, sizes: Any, laid: LaidOut, rows: int) -> Pipeline:

@@ -104,6 +104,8 @@ class Trainer:
                 self._save_if_due(step, last=step >= last or stopped_by is not None)
                 if first:  # of this start, wherever it resumed; what is compiled is compiled, validation included
                     set_timeout(config.comm.train_timeout_seconds)
+                    for report in self.parts.reports:
+                        self.listener(Note(report()))
                 first = False
             if self.checkpointer is not None:
                 self.checkpointer.finish()
