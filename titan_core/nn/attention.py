@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from titan_core.nn.cpu_attention import causal_attention
 from titan_core.nn.planning import device_type, planning
@@ -121,6 +120,8 @@ def _trains_on_cpu(q_BTHC: Tensor, k_BSKC: Tensor, mask: Mask) -> bool:
 def _last_rows(queries: int, keys: int, device: torch.device) -> Tensor:
     """Return which of the keys each of the last `queries` positions sees: (T, S), or on a GPU a name for it."""
     if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # and the compiler with it: 0.7 s
+
         return causal_lower_right(queries, keys)  # flash attention knows this mask without seeing it
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
