@@ -1,6 +1,6 @@
 """A loop of your own over titan's parts: a large and a small model train in one process, by turns, on the same data.
 
-Run it alone with `python docs/own_loop.py`, or on ranks with `torchrun --standalone --nproc-per-node 2 docs/own_loop.py`.
+Run it with `python docs/own_loop.py`, or on ranks: `torchrun --standalone --nproc-per-node 2 docs/own_loop.py`.
 """
 
 from titan_core.checkpoint import Checkpointer

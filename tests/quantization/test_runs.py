@@ -202,3 +202,49 @@ def test_validation_takes_rows_whose_number_of_tokens_fits_nothing(tmp_path: Pat
         "validation__local_batch_size": 3, "validation__dataset": "embedded",
     }  # fmt: skip
     assert losses(tiny(tmp_path, **options("mxfp8_emulated"), **validate)) == one_process("mxfp8_emulated")
+
+
+def travelled(resolved, narrow: bool) -> tuple[list[float], dict[str, int]]:
+    """Losses of a run, and how many numbers its gathers along the sequence sent, by dtype."""
+    from titan_core.parallel import exchange
+    from titan_core.training import build
+
+    sent: dict[str, int] = {}
+    gather = exchange.all_gather
+
+    def counting(x, dim, group):
+        sent[str(x.dtype)] = sent.get(str(x.dtype), 0) + x.numel()
+        return gather(x, dim, group)
+
+    exchange.all_gather = counting
+    if not narrow:
+        build.wires = lambda *_: {}
+    return _train(resolved, {}), sent
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_stream_travels_in_float8_to_regions_and_nothing_changes(dtype: str, tmp_path: Path) -> None:
+    def run(narrow: bool) -> tuple[list[float], dict[str, int]]:
+        changes = {TP: 2, "training__mixed_precision_param": dtype}
+        resolved = tiny(tmp_path / str(narrow), **options("tensorwise"), **changes)
+        return run_ranks(travelled, 2, resolved, narrow)[0]
+
+    (found, sent), (expected, whole) = run(True), run(False)
+    assert found == pytest.approx(expected, rel=1e-6 if dtype == "float32" else 1e-4)
+    # two blocks gather twice forward, which is narrow, and twice backward; the head and the embedding once each
+    assert sent["torch.uint8"] == whole[f"torch.{dtype}"] - sent[f"torch.{dtype}"]
+    assert sent["torch.uint8"] / whole[f"torch.{dtype}"] == pytest.approx(2 * 2 / (2 * 4 + 2))
+
+
+@pytest.mark.slow
+def test_the_stream_travels_in_float8_in_compiled_blocks(tmp_path: Path) -> None:
+    changes = {TP: 2, "compile__enable": True, "compile__backend": "aot_eager"}
+    found = losses(tiny(tmp_path / "compiled", **options("tensorwise"), **changes), 2)
+    assert found == pytest.approx(losses(tiny(tmp_path / "eager", **options("tensorwise"), **{TP: 2}), 2), rel=1e-5)
+
+
+def test_the_stream_travels_as_it_is_to_a_region_with_a_layer_in_high_precision(tmp_path: Path) -> None:
+    changes = {TP: 2, f"{FLOAT8}.filter_fqns": "wk,w1"}
+    resolved = tiny(tmp_path, **options("tensorwise"), **changes)
+    _, sent = run_ranks(travelled, 2, resolved, True)[0]
+    assert "torch.uint8" not in sent

@@ -5,6 +5,8 @@ Collectives are torch's functional ones, which the compiler can trace and overla
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
@@ -46,6 +48,34 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return reduce_scatter(grad, ctx.dim, ctx.group), None, None
+
+
+class Wire(Protocol):
+    """A narrow form in which a tensor travels, made with the largest magnitude of all ranks' parts."""
+
+    def pack(self, x: Tensor, largest: Tensor) -> Tensor:
+        """Return the narrow form, one byte a number."""
+        ...
+
+    def unpack(self, packed: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that a packed tensor stands for."""
+        ...
+
+
+class NarrowGather(torch.autograd.Function):
+    """`Gather` of what is left of the parts in a narrow form; gradients travel as they are."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup, wire: Wire) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        largest = all_reduce(x.abs().amax().float(), group, "max")
+        packed = wire.pack(x, largest)
+        whole = all_gather(packed.view(torch.uint8), dim, group).view(packed.dtype)  # gloo knows no float8
+        return wire.unpack(whole, largest, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return reduce_scatter(grad, ctx.dim, ctx.group), None, None, None
 
 
 class Scatter(torch.autograd.Function):

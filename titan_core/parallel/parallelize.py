@@ -7,8 +7,8 @@ FSDP's gathers stay outside of what is compiled. Gathers by views are recomputed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from titan_core.declare.sharding import matches
 from titan_core.nn.layers import set_compute_dtype
 from titan_core.parallel import activation_checkpoint, context, data_parallel, pipeline, stages, tensor
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
+from titan_core.parallel.exchange import Wire
 from titan_core.parallel.mesh import Mesh
 from titan_core.parallel.stages import Cut
 
@@ -42,11 +43,15 @@ class Parallel(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A model, or the piece of it that is one pipeline stage: the bare module and its task."""
+    """A model, or the piece of it that is one pipeline stage: the bare module and its task.
+
+    `wires` are narrow forms in which the residual stream may travel to regions, by their names.
+    """
 
     model: nn.Module
     task: Any
     cut: Cut | None = None
+    wires: Mapping[str, Wire] = field(default_factory=dict)
 
 
 def parts_of(family: Family, sizes: Any, mesh: Mesh, config: Config) -> list[tuple[nn.Module, Cut | None]]:
@@ -70,7 +75,8 @@ def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple
     model, parallel = part.model, config.parallelism
     set_compute_dtype(model, DTYPES[config.training.mixed_precision_param])
     if mesh.layout.tp > 1:
-        tensor.apply(model, family.sharding, mesh.tp, sequence=parallel.enable_sequence_parallel)
+        sequence = parallel.enable_sequence_parallel
+        tensor.apply(model, family.sharding, mesh.tp, sequence=sequence, wires=part.wires)
     if mesh.layout.cp > 1:
         context.apply(model, family.sharding, mesh, parallel.context_parallel_rotate_method)
     units = find(model, family.blocks)

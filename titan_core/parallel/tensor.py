@@ -8,8 +8,9 @@ stream is whole on every rank, and a region's results are all-reduced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from titan_core.declare.sharding import Sharding, matches, within
 from titan_core.nn.loss import IGNORE, LossAndSlope, loss_and_slope
-from titan_core.parallel.exchange import Enter, Gather, Leave, Scatter, all_gather, all_reduce
+from titan_core.parallel.exchange import Enter, Gather, Leave, NarrowGather, Scatter, Wire, all_gather, all_reduce
 from titan_core.parallel.views import Passage, add_view, wrap_forward
 
 _TOKENS = 1  # the dimension of (B, T, D) along which the stream is split
@@ -33,8 +34,10 @@ class Stream:
     group: ProcessGroup
     split: bool
 
-    def enter(self, x_BTD: Tensor) -> Tensor:
-        """Return the whole stream to a region."""
+    def enter(self, x_BTD: Tensor, wire: Wire | None = None) -> Tensor:
+        """Return the whole stream to a region; parts of it travel in the form of `wire`."""
+        if self.split and wire is not None:
+            return NarrowGather.apply(x_BTD, _TOKENS, self.group, wire)
         return Gather.apply(x_BTD, _TOKENS, self.group) if self.split else Enter.apply(x_BTD, self.group)
 
     def leave(self, x_BTD: Tensor) -> Tensor:
@@ -42,8 +45,18 @@ class Stream:
         return Scatter.apply(x_BTD, _TOKENS, self.group) if self.split else Leave.apply(x_BTD, self.group)
 
 
-def apply(model: nn.Module, sharding: Sharding, mesh: DeviceMesh, *, sequence: bool) -> None:
-    """Split a model on the meta device over a one-axis mesh; `sequence` splits the stream between the regions too."""
+def apply(
+    model: nn.Module,
+    sharding: Sharding,
+    mesh: DeviceMesh,
+    *,
+    sequence: bool,
+    wires: Mapping[str, Wire] = MappingProxyType({}),
+) -> None:
+    """Split a model on the meta device over a one-axis mesh; `sequence` splits the stream between the regions too.
+
+    `wires` are the forms in which the stream travels to regions, by their names.
+    """
     stream = Stream(mesh.get_group(), sequence)
     for name, module in model.named_modules():
         for parameter_name in list(module._parameters):
@@ -55,7 +68,7 @@ def apply(model: nn.Module, sharding: Sharding, mesh: DeviceMesh, *, sequence: b
         if matches(name, sharding.embeddings):
             _embed_part(module, mesh, stream)
         elif matches(name, sharding.regions):
-            wrap_forward(module, _region(stream))
+            wrap_forward(module, _region(stream, wires.get(name)))
         elif matches(name, sharding.closing):
             wrap_forward(module, lambda forward, x, stream=stream: stream.enter(forward(x)))
 
@@ -79,9 +92,9 @@ def _split(module: nn.Module, name: str, dim: int | None, mesh: DeviceMesh, *, s
     add_view(module, name, local)
 
 
-def _region(stream: Stream) -> Callable[..., Tensor]:
+def _region(stream: Stream, wire: Wire | None) -> Callable[..., Tensor]:
     def around(forward: Callable[..., Tensor], x_BTD: Tensor, *args: Any) -> Tensor:
-        return stream.leave(forward(stream.enter(x_BTD), *args))
+        return stream.leave(forward(stream.enter(x_BTD, wire), *args))
 
     return around
 

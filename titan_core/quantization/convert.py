@@ -15,6 +15,7 @@ from titan_core.config.layout import Layout
 from titan_core.config.quantize import FLOAT8, MULTIPLE, MX
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
+from titan_core.declare.sharding import matches
 from titan_core.nn.layers import Linear
 from titan_core.quantization.choose import Choice, Rules, choose
 from titan_core.runtime.errors import ConfigError, MachineError, Problem, missing_extra
@@ -69,6 +70,26 @@ def precompute_scales(module: nn.Module, config: Config) -> None:
         from titan_core.quantization import float8  # torchao: 2 s
 
         float8.precompute_scales(module)
+
+
+def wires(model: nn.Module, family: Family, config: Config) -> dict[str, Any]:
+    """Return how the residual stream may travel to tensor-parallel regions, by their names: in float8, where all that
+    is computed with it there is in float8, with one scale a tensor."""
+    options = config.quantize.linear.float8
+    if FLOAT8 not in config.model.converters or (options.recipe_name or "tensorwise") != "tensorwise":
+        return {}
+    from titan_core.quantization import float8
+
+    regions = {name: module for name, module in model.named_modules() if matches(name, family.sharding.regions)}
+    columns = {
+        name: [m for inner, m in region.named_modules() if matches(f"{name}.{inner}", family.sharding.columns)]
+        for name, region in regions.items()
+    }
+    return {
+        name: float8.Float8Wire()
+        for name, layers in columns.items()
+        if layers and all(isinstance(layer, float8.Float8Linear) for layer in layers)
+    }
 
 
 def _float8(part: _Part, config: Config, device: torch.device) -> list[str]:

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torchao.float8 import Float8LinearConfig, LinearMMConfig, ScaledMMConfig
 from torchao.float8.config import e4m3_dtype
 from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
-from torchao.float8.float8_utils import amax_to_scale
+from torchao.float8.float8_utils import amax_to_scale, to_fp8_saturated
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
 from titan_core.quantization.choose import Recipe
@@ -68,6 +68,22 @@ class Float8Linear(QuantizedLinear[Arithmetic]):
         """
         weight = WeightWithDynamicFloat8CastTensor(self.weight.detach(), self.arithmetic.matmuls, e4m3_dtype)
         self.weight = nn.Parameter(weight)
+
+
+class Float8Wire:
+    """Tensors on their way between ranks: e4m3 with the one scale that `tensorwise` layers will find again.
+
+    The largest magnitude survives the rounding, so a layer that casts what arrives comes to the same scale and the same
+    float8 numbers as if it had cast what was sent.
+    """
+
+    def pack(self, x: Tensor, largest: Tensor) -> Tensor:
+        """Return x in e4m3, scaled by the largest magnitude of all ranks."""
+        return to_fp8_saturated(x.float() * amax_to_scale(largest, e4m3_dtype), e4m3_dtype)
+
+    def unpack(self, packed: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the numbers that e4m3 stands for."""
+        return (packed.float() / amax_to_scale(largest, e4m3_dtype)).to(dtype)
 
 
 def gather_in_float8(layers: Sequence[Float8Linear], shards: int) -> int:

@@ -26,7 +26,7 @@ from titan_core.parallel.parallelize import Parallel, Part, parallelize, parts_o
 from titan_core.parallel.pipeline import Pipeline
 from titan_core.parallel.stages import SPLIT_BACKWARD, last_stage_rank
 from titan_core.parallel.tensor import loss_over_parts
-from titan_core.quantization import convert, precompute_scales
+from titan_core.quantization import convert, precompute_scales, wires
 from titan_core.runtime import determinism
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
@@ -152,7 +152,7 @@ def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torc
         quantized = convert(model, family, sizes, config, mesh.layout, device)
         task = CausalLM(model, document_masks=_document_masks(sizes), inner_loss=inner)
         task.backward_twice = cut is not None and config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
-        parts.append(Part(model, task, cut))
+        parts.append(Part(model, task, cut, wires(model, family, config)))
         stage, words = parallelize(parts[-1], family, mesh, config)
         laid.append(stage)
         precompute_scales(stage.module, config)
