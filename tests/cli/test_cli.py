@@ -135,6 +135,16 @@ MISTAKES = {
         "try `fsdp 5` or `replicate 5`",
     ),
     "not supported": (["train", "--parallelism.expert_parallel_degree", "2"], 2, "expert_parallel_degree = 2"),
+    "pieces of a sequence": (
+        ["train", "--nproc", "2", "--parallelism.tensor_parallel_degree", "2", "--training.seq_len", "255"],
+        2,
+        "254 or 256",
+    ),
+    "tied over stages": (
+        ["train", "--nproc", "2", "--parallelism.pipeline_parallel_degree", "2", "--model.args.tied", "true"],
+        2,
+        "--model.args.tied false",
+    ),
     "nproc": (["train", "--nproc", "x"], 2, "--nproc"),
     "unknown model": (["train", "--model.name", "lama3"], 2, "did you mean `llama3`"),
     "unknown flavor": (["train", "--model.flavor", "9B"], 2, "8B"),

@@ -64,6 +64,7 @@ def train(
         return
     from titan_cli import launch, worker  # not for --list, which is held to its start-up budget
     from titan_core.config import checks
+    from titan_core.jobs import precheck
     from titan_core.training.resume import check_allowed
 
     resolved = _named_run(config_of(ctx, target or DEFAULT_RECIPE), target)
@@ -78,7 +79,7 @@ def train(
     check_allowed(allow_change)
     if world_size is not None and not dry_run:
         raise UsageError("--world-size says how many ranks --dry-run plans for", tip="start ranks with --nproc N")
-    problems = checks.check(resolved, world_size or ranks.world_size)
+    problems = precheck.run(resolved, world_size or ranks.world_size)
     if problems:
         raise ConfigError(problems)
     if not worker.in_worker() and worker.is_main_rank():

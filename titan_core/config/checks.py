@@ -40,7 +40,7 @@ def check(resolved: Resolved, world_size: int | None = None) -> list[Problem]:
         _not_yet(resolved), _batch(config), _schedule(config), _memory(config), _overlap(config), _files(config),
         _saving(config), quantize.problems(config),
     )  # fmt: skip
-    found = [_placed(problem, resolved) for problems in rules for problem in problems]
+    found = [placed(problem, resolved) for problems in rules for problem in problems]
     return found if world_size is None else found + check_layout(resolved, world_size)
 
 
@@ -55,7 +55,7 @@ def remarks(config: Config) -> list[str]:
 
 def check_layout(resolved: Resolved, world_size: int) -> list[Problem]:
     """Return what is wrong with the degrees of parallelism and the batch on this number of ranks."""
-    return [_placed(problem, resolved) for problem in _layout(resolved.config, world_size)]
+    return [placed(problem, resolved) for problem in _layout(resolved.config, world_size)]
 
 
 def _not_yet(resolved: Resolved) -> Iterator[Problem]:
@@ -228,7 +228,7 @@ def _degree(config: Config, key: str) -> str:
     return largest if asked[largest] > 1 else key
 
 
-def _placed(problem: Problem, resolved: Resolved) -> Problem:
+def placed(problem: Problem, resolved: Resolved) -> Problem:
     """Say where the key was set."""
     source = resolved.sources.get(problem.key)
     if problem.where is not None or source is None:
