@@ -53,87 +53,91 @@ class Hub:
         return {**entry, **self.claims.get(name, {})}
 
 
-def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: C901 - a class in a function
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Speaks the hub's protocol for what `self.server.hub` has."""
 
-        def log_message(self, *args: Any) -> None:
-            pass
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub  # pyright: ignore[reportAttributeAccessIssue]
 
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
+    def log_message(self, *args: Any) -> None:
+        pass
 
-        def plain(self, status: int, body: bytes = b"", **headers: str) -> None:
-            self.send_response(status)
-            for key, value in headers.items():
-                self.send_header(key.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
 
-        def answer(self, with_body: bool) -> None:
-            path = urlsplit(self.path).path
-            hub.tokens.add(self.headers.get("Authorization"))
-            if hub.refuse is not None:
-                status, code = hub.refuse
-                self.plain(status, b"{}", **({"X_Error_Code": code} if code else {}))
-            elif path.startswith("/api/models/"):
-                names = hub.listed or list(hub.files)
-                body = {"id": "org/repo", "sha": SHA, "siblings": [hub.sibling(name) for name in names]}
-                self.plain(200, json.dumps(body).encode(), Content_Type="application/json")
-            else:
-                self.file(path.partition(f"/resolve/{SHA}/")[2], with_body)
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
 
-        def file(self, name: str, with_body: bool) -> None:
-            if name not in hub.files:
-                self.plain(404, X_Error_Code="EntryNotFound")
-                return
-            content = hub.files[name]
-            common = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": SHA}
-            if with_body:
-                self.body(name, content, common)
-            else:
-                self.plain(200, content, **common)
-
-        def body(self, name: str, content: bytes, headers: dict[str, str]) -> None:
-            wanted = self.headers.get("Range")
-            hub.asked.append((name, wanted))
-            fault = hub.faults.get(name, [None]).pop(0) if hub.faults.get(name) else None
-            if isinstance(fault, int):
-                self.plain(fault)
-                return
-            if fault == "other content":
-                content = bytes(len(content))
-            start = (
-                int(wanted.removeprefix("bytes=").removesuffix("-").partition("-")[0]) if wanted and hub.ranges else 0
-            )
-            self.send_response(206 if start else 200)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            body = content[start:]
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if fault == "drop":
-                self.wfile.write(body[: len(body) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                self.connection.shutdown(2)
-                return
+    def plain(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
             self.wfile.write(body)
 
-    return Handler
+    def answer(self, with_body: bool) -> None:
+        path = urlsplit(self.path).path
+        self.hub.tokens.add(self.headers.get("Authorization"))
+        if self.hub.refuse is not None:
+            status, code = self.hub.refuse
+            self.plain(status, b"{}", **({"X_Error_Code": code} if code else {}))
+        elif path.startswith("/api/models/"):
+            names = self.hub.listed or list(self.hub.files)
+            body = {"id": "org/repo", "sha": SHA, "siblings": [self.hub.sibling(name) for name in names]}
+            self.plain(200, json.dumps(body).encode(), Content_Type="application/json")
+        else:
+            self.file(path.partition(f"/resolve/{SHA}/")[2], with_body)
+
+    def file(self, name: str, with_body: bool) -> None:
+        if name not in self.hub.files:
+            self.plain(404, X_Error_Code="EntryNotFound")
+            return
+        content = self.hub.files[name]
+        common = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": SHA}
+        if with_body:
+            self.body(name, content, common)
+        else:
+            self.plain(200, content, **common)
+
+    def body(self, name: str, content: bytes, headers: dict[str, str]) -> None:
+        wanted = self.headers.get("Range")
+        self.hub.asked.append((name, wanted))
+        fault = self.hub.faults.get(name, [None]).pop(0) if self.hub.faults.get(name) else None
+        if isinstance(fault, int):
+            self.plain(fault)
+            return
+        if fault == "other content":
+            content = bytes(len(content))
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-").partition("-")[0]) if wanted and self.hub.ranges else 0
+        )
+        self.send_response(206 if start else 200)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        body = content[start:]
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "drop":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return
+        self.wfile.write(body)
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     known = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(known))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub = known  # type: ignore[attr-defined]
     known.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
