@@ -192,6 +192,13 @@ def test_recomputation_by_operation(name: str, tmp_path: Path) -> None:
     assert_same(found, alone("gqa"))
 
 
+@pytest.mark.parametrize("name", ["tensor, sequence, loss", "fsdp x tensor", "context, ring", "pipeline x fsdp"])
+def test_host_offload(name: str, tmp_path: Path) -> None:
+    layout, offload = {**WHOLE, **PIPELINED}[name], {"training__enable_cpu_offload": True}
+    found = first_steps(tiny(tmp_path, **settings_of(layout, offload)), ranks_of(layout))
+    assert_same(found, alone("gqa"))
+
+
 @pytest.mark.parametrize("name", ["tensor, sequence, loss", "context, allgather", "context, heads", "pipeline, 1F1B"])
 def test_validation_loss(name: str, tmp_path: Path) -> None:
     """On sequences of another length, in documents, with batches that the data ranks share."""
