@@ -137,14 +137,19 @@ def too_new(layout: dict[str, Any]) -> bool:
     return layout.get("pp", 1) > 1 and layout.get("schedule") in SPLIT_BACKWARD and torch.__version__ < "2.12"
 
 
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("model", ["gqa", "tied", "packed"])
+def cases(table: dict[str, dict[str, Any]], models: list[str]) -> list[Any]:
+    """Every layout with every model; those of 8 ranks take long, and are fast ones for the first model only."""
+    every = [(name, model) for model in models for name in table]
+    slow = {(name, model) for name, model in every if ranks_of(table[name]) == 8 and model != models[0]}
+    return [pytest.param(*case, marks=[pytest.mark.slow] * (case in slow)) for case in every]
+
+
+@pytest.mark.parametrize(("name", "model"), cases(WHOLE, ["gqa", "tied", "packed"]))
 def test_whole_models(name: str, model: str, tmp_path: Path) -> None:
     assert_same(seen(WHOLE[name], model, tmp_path), alone(model))
 
 
-@pytest.mark.parametrize("name", PIPELINED)
-@pytest.mark.parametrize("model", ["gqa", "packed"])
+@pytest.mark.parametrize(("name", "model"), cases(PIPELINED, ["gqa", "packed"]))
 def test_pipelined_models(name: str, model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if too_new(PIPELINED[name]):
         reason = "torch 2.11: '_input_metadata is invalid', and in a V also gloo's 'Pair is not connected'"
@@ -169,11 +174,11 @@ def test_sharding_by_views_is_fsdp2_bit_for_bit(degrees: dict[str, Any], model: 
     assert all(torch.equal(views.gradients[name], gradient) for name, gradient in hooks.gradients.items())
 
 
+COMPILED = ["tensor, sequence, loss", "context, allgather", "context, ring", "context, heads", "simple fsdp"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    ["tensor, sequence, loss", "context, allgather", "context, ring", "context, heads", "simple fsdp", "fsdp x tensor"],
-)
+@pytest.mark.parametrize("name", [*COMPILED, "fsdp x tensor"])
 def test_compiled_blocks(name: str, tmp_path: Path) -> None:
     compiled = {"compile__enable": True, "compile__backend": "aot_eager"}
     settings = settings_of(WHOLE[name], compiled)
@@ -199,9 +204,8 @@ def test_host_offload(name: str, tmp_path: Path) -> None:
     assert_same(found, alone("gqa"))
 
 
-@pytest.mark.parametrize("name", ["tensor, sequence, loss", "context, allgather", "context, heads", "pipeline, 1F1B"])
-def test_validation_loss(name: str, tmp_path: Path) -> None:
-    """On sequences of another length, in documents, with batches that the data ranks share."""
+def validation_losses(layout: dict[str, Any], folder: Path, **more: Any) -> list[float]:
+    """Losses on sequences of another length, in documents, with batches that the data ranks share."""
     settings = {
         **MODELS["packed"],
         "training__steps": 2,
@@ -210,22 +214,31 @@ def test_validation_loss(name: str, tmp_path: Path) -> None:
         "validation__seq_len": 16,
         "validation__local_batch_size": 2,
         "validation__freq": 1,
+        **more,
     }
-    found, expected = [], []
-    for layout, into in (({**WHOLE, **PIPELINED}[name], found), ({}, expected)):
-        folder = tmp_path / f"{ranks_of(layout)}"
-        losses(tiny(folder, **settings_of(layout, settings)), ranks_of(layout))
-        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        into += [record["loss"] for record in records if record["event"] == "validated"]
+    losses(tiny(folder, **settings_of(layout, settings)), ranks_of(layout))
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found = [record["loss"] for record in records if record["event"] == "validated"]
     assert len(found) == 2
-    assert found == pytest.approx(expected, rel=1e-6)
+    return found
 
 
-@pytest.mark.parametrize("name", ["pipeline, 1F1B", "pipeline x fsdp"])
-def test_microbatches_of_several_rows_in_a_pipeline(name: str, tmp_path: Path) -> None:
-    changes = {**MODELS["padded"], "parallelism.pipeline_parallel_microbatch_size": 2}
-    found = first_steps(tiny(tmp_path, **settings_of(PIPELINED[name], changes, rows=2)), ranks_of(PIPELINED[name]))
-    assert_same(found, alone("padded"))
+@pytest.mark.parametrize("name", ["tensor, sequence, loss", "context, allgather", "context, heads", "pipeline, 1F1B"])
+def test_validation_loss(name: str, tmp_path: Path) -> None:
+    found = validation_losses({**WHOLE, **PIPELINED}[name], tmp_path / "found")
+    assert found == pytest.approx(validation_losses({}, tmp_path / "alone"), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [*((name, "causal") for name in ("one", *COMPILED)), (COMPILED[0], "block_causal"), (COMPILED[2], "block_causal")],
+)
+def test_compiled_blocks_meet_sequences_of_another_length(name: str, mask: str, tmp_path: Path) -> None:
+    compiled = {"compile__enable": True, "compile__backend": "aot_eager", "model.args.attention_mask": mask}
+    found = validation_losses(WHOLE.get(name, {}), tmp_path / "found", **compiled)
+    alone = validation_losses({}, tmp_path / "alone", **{"model.args.attention_mask": mask})
+    assert found == pytest.approx(alone, rel=1e-6)
 
 
 @st.composite

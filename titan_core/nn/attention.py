@@ -104,9 +104,10 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Ten
     elif 1 < q.shape[2] < k.shape[2] and not planning():  # a plan counts what flash attention keeps, without a mask
         seen = _last_rows(q.shape[2], k.shape[2], q.device)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
-    else:
-        causal = q.shape[2] > 1  # a single query, the newest, sees every key
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    elif q.shape[2] > 1:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:  # a single query, the newest, sees every key
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
