@@ -1,0 +1,82 @@
+"""The benchmarks by name, and one run of some of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from titan_core.jobs.bench.case import OWN, Case, Row, run_case
+from titan_core.jobs.bench.inputs import Draw
+from titan_core.jobs.bench.request import Request
+from titan_core.jobs.bench.roofline import Roofline, measure
+from titan_core.jobs.bench.timing import Timer
+from titan_core.runtime.errors import UsageError
+from titan_core.runtime.events import Listener, Note, silent
+
+# name -> module with `cases(request, draw)`
+OPERATIONS = {
+    "moe-gemm": "moe_gemm",
+    "permute": "permute",
+    "quant": "quant",
+    "fused-ce": "fused_ce",
+    "pointwise": "pointwise",
+    "attention": "attention",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows, and what they were measured on. `reduced` says that the shapes are a CPU's, not those asked for."""
+
+    device: str
+    torch: str
+    triton: str | None
+    reduced: bool
+    seed: int
+    roofline: Roofline
+    rows: list[Row]
+
+    @property
+    def wrong(self) -> list[Row]:
+        """Return what computed a wrong result, and what of titan's failed."""
+        return [r for r in self.rows if r.verdict == "wrong" or (r.verdict == "failed" and r.backend == OWN)]
+
+
+def run(names: Sequence[str], request: Request, *, budget: float | None = None, listener: Listener = silent) -> Report:
+    """Check and time the named operations on this machine's GPU, or, where there is none, on its CPU at reduced shapes.
+
+    `budget` is how many seconds the timed calls of one backend and case may take.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    if not request.reduced and not gpu:
+        raise UsageError("full shapes need a GPU", tip="leave the shapes reduced")
+    timer = Timer(device, budget if budget is not None else 0.3 if gpu else 0.1)
+    listener(Note("measuring what this device can do"))
+    roofline = measure(timer, {"bf16", "fp32", request.dtype})
+    draw = Draw(device, request.seed)
+    rows: list[Row] = []
+    for name in names:
+        for case in _cases(name)(request, draw):
+            listener(Note(f"{case.operation} {case.shape} {case.part} {case.dtype}"))
+            rows += run_case(case, timer, roofline, request.backends)
+    known = {row.backend for row in rows}
+    missing = [backend for backend in request.backends if backend not in known]
+    if missing:
+        raise UsageError(f"no backend `{missing[0]}` here", tip="`--backend all` shows what there is")
+    return Report(roofline.device, torch.__version__, _version("triton"), request.reduced, request.seed, roofline, rows)
+
+
+def _cases(name: str) -> Callable[[Request, Draw], Iterator[Case]]:
+    return importlib.import_module(f"titan_core.jobs.bench.{OPERATIONS[name]}").cases
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
