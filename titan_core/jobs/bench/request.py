@@ -65,7 +65,9 @@ def read_shapes(words: Sequence[str]) -> tuple[Grouped, ...]:
         elif re.fullmatch(r"\d+(,\d+){3}", word):
             numbers = [int(part) for part in word.split(",")]
             if min(numbers) < 1:
-                raise UsageError(f"`--shapes {word}`: all four must be at least 1", tip="M,N,K,G: rows, out, in, groups")
+                raise UsageError(
+                    f"`--shapes {word}`: all four must be at least 1", tip="M,N,K,G: rows, out, in, groups"
+                )
             found.append(Grouped(*numbers))
         else:
             near = difflib.get_close_matches(word, PRESETS, n=1)
