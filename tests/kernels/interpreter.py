@@ -2,6 +2,7 @@
 
 The interpreter keeps bfloat16 as uint16 and adds, multiplies and compares those bit patterns as integers, and it rounds
 by cutting bits (Triton 3.6 to 3.9). `repair()` computes in float32 instead and rounds with torch, which is right.
+Triton 3.6 also takes `int()` of an array of one element, which numpy 2.4 refuses.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def repair() -> None:
     Builder.create_dot = dot(Builder.create_dot)
     for operation in (interpreter.ReduceOps, interpreter.ScanOps):
         operation.apply_impl = reduction(operation.apply_impl)
+    interpreter._patch_lang_tensor = indexable(interpreter._patch_lang_tensor)
     for dtype in (tl.bfloat16, tl.float8e4nv, tl.float8e5):
         setattr(Builder, f"get_{dtype.name}", constant(dtype))
 
@@ -115,6 +117,10 @@ def reduction(method: Callable[..., Any]) -> Callable[..., Any]:
         return tl.core.tensor(handle, tl.block_type(tl.float32, shape) if tensor.type.is_block() else tl.float32)
 
     def run(self: Any, tensors: tuple[Any, ...]) -> Any:
+        if self.combine_fn is tl.standard._xor_combine and self.axis is not None:  # sorting: theirs loops in Python
+            (tensor,) = tensors
+            reduced = np.bitwise_xor.reduce(tensor.handle.data, axis=self.axis, keepdims=self.keep_dims)
+            return [self.to_tensor(reduced, tensor.dtype)]
         return method(self, tuple(promoted(tensor) for tensor in tensors))
 
     return run
@@ -125,3 +131,11 @@ def constant(dtype: tl.dtype) -> Callable[[Any, float], Handle]:
         return Handle(round_to(np.array([value], np.float32), tl.float32, dtype), dtype)
 
     return make
+
+
+def indexable(patch: Callable[..., None]) -> Callable[..., None]:
+    def run(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())  # the scope removes it with theirs
+
+    return run
