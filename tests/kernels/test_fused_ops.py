@@ -119,7 +119,7 @@ def test_rows_of_losses_sum_to_the_loss() -> None:
     [
         (lambda: rms_norm(torch.ones(2, 3), torch.ones(4), 1e-6), "one weight a column"),
         (lambda: rms_norm(torch.ones(1, 40000), torch.ones(40000), 1e-6), "got 40000"),
-        (lambda: rotate_pairs(torch.ones(1, 3, 1, 4), torch.ones(2, 2), torch.ones(2, 2)), r"needs tables of shape \(3, 2\)"),
+        (lambda: rotate_pairs(torch.ones(1, 3, 1, 4), torch.ones(2, 2), torch.ones(2, 2)), r"of shape \(3, 2\)"),
         (lambda: swiglu(torch.ones(2), torch.ones(3)), "two tensors alike"),
         (lambda: linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.ones(3).long()), "3 labels"),
     ],

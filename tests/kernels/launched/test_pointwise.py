@@ -46,7 +46,7 @@ def test_rms_norm_of_nothing_and_of_zeros(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads, width", [(5, 24), (2, 64)])
+@pytest.mark.parametrize(("heads", "width"), [(5, 24), (2, 64)])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_rotary(device: torch.device, heads: int, width: int, per_row: bool, dtype: torch.dtype) -> None:
     angles = torch.randn(*((2,) if per_row else ()), 7, width // 2, device=device) * 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,6 @@ class Case:
     reference: Callable[[Any], Sequence[Tensor]]
     backends: Mapping[str, Callable[[Any], Call | Prepared]]
     limit: float | None = None
-    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,6 @@ def _run_backend(
     return Row(
         **about,
         verdict="right",
-        note=case.notes.get(name, ""),
         error=error,
         limit=limit,
         seconds=timing.seconds,

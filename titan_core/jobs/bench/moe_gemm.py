@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from titan_core.jobs.bench import passes
 from titan_core.jobs.bench.case import OWN, Absent, Call, Case, Prepared
 from titan_core.jobs.bench.inputs import Draw
 from titan_core.jobs.bench.request import Grouped, Request
@@ -31,8 +32,8 @@ class Operands:
 
 def cases(request: Request, draw: Draw) -> Iterator[Case]:
     """Give every shape and pass that is asked for."""
-    for shape in request.shapes:
-        size = _reduced(shape) if request.reduced else shape
+    sizes = [_reduced(shape) if request.reduced else shape for shape in request.shapes]
+    for size in dict.fromkeys(sizes):
         for part in request.passes:
             if request.dtype == "fp8":
                 from titan_core.jobs.bench import moe_gemm_fp8
@@ -52,9 +53,12 @@ def share_rows(rows: int, groups: int, imbalance: float) -> list[int]:
 
 
 def _reduced(shape: Grouped) -> Grouped:
-    """Return what a CPU does in milliseconds: the same proportions, not multiples of any tile."""
-    groups = min(shape.groups, 8)
-    return Grouped(min(shape.rows, 509), min(shape.outer, 384), min(shape.inner, 320), groups)
+    """Return what a CPU does in milliseconds: few rows, not a multiple of any tile, and narrower experts."""
+    return Grouped(min(shape.rows, 509), _narrowed(shape.outer), _narrowed(shape.inner), min(shape.groups, 8))
+
+
+def _narrowed(width: int) -> int:
+    return width if width <= 64 else min(512, max(64, width // 16 // 8 * 8))
 
 
 def _case(shape: Grouped, part: str, imbalance: float, draw: Draw) -> Case:
@@ -96,7 +100,7 @@ def spans(ends: list[int]) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-# ---------------------------------------------------------------------------------------------------- the truth, in fp64
+# ------------------------------------------------------------------------------------------------ the truth, in fp64
 
 
 def _true_forward(o: Operands) -> Tensor:
@@ -116,19 +120,17 @@ def _true_dw(o: Operands) -> Tensor:
 _TRUTHS: Mapping[str, Callable[[Operands], Tensor]] = {"fwd": _true_forward, "dx": _true_dx, "dw": _true_dw}
 
 
-# ---------------------------------------------------------------------------------------------------- who computes it
+# ------------------------------------------------------------------------------------------------ who computes it
 
 
 def _differentiated(product: Callable[[Tensor, Tensor, Tensor], Tensor], part: str) -> Callable[[Operands], Call]:
     """Return the pass of a product that autograd knows; for a gradient the forward is done before the clock runs."""
 
     def prepare(o: Operands) -> Call:
+        given = passes.Operands([o.x_RI, o.weight_EOI], [o.ends_E], o.grad_RO)
         if part == "fwd":
-            return lambda: product(o.x_RI, o.weight_EOI, o.ends_E)
-        x, weight = (o.x_RI.detach().requires_grad_(part == "dx"), o.weight_EOI.detach().requires_grad_(part == "dw"))
-        out = product(x, weight, o.ends_E)
-        wanted = x if part == "dx" else weight
-        return lambda: torch.autograd.grad(out, wanted, o.grad_RO, retain_graph=True)
+            return passes.forward(product, given)
+        return passes.backward(product, given, [0 if part == "dx" else 1])
 
     return prepare
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,23 +40,22 @@ def measure(timer: Timer, dtypes: set[str]) -> Roofline:
     device = timer.device
     gpu = device.type == "cuda"
     size = 8192 if gpu else 1024
-    source = torch.randn((1 << 28) if gpu else (1 << 25), device=device)
-    target = torch.empty_like(source)
-    seconds = timer.time(lambda: target.copy_(source)).seconds
-    copy = 2 * source.numel() * source.element_size() / seconds
-    del source, target
     rates = {name: _matmul_rate(timer, DTYPES[name], size) for name in sorted(dtypes)}
     name = torch.cuda.get_device_name(device) if gpu else _cpu_name()
+    copy = _copy_rate(timer, 1 << 30 if gpu else 1 << 27)
     return Roofline(name, rates, copy, peak_flops(name) if gpu else None)
+
+
+def _copy_rate(timer: Timer, size: int) -> float:
+    source = torch.randn(size // 4, device=timer.device)
+    target = torch.empty_like(source)
+    return 2 * size / timer.time(lambda: target.copy_(source)).seconds
 
 
 def _matmul_rate(timer: Timer, dtype: torch.dtype, size: int) -> float | None:
     a, b = (torch.randn(size, size, device=timer.device) for _ in range(2))
     try:
-        if dtype == torch.float8_e4m3fn:
-            call = _float8_matmul(a, b)
-        else:
-            call = lambda x=a.to(dtype), y=b.to(dtype): x @ y  # noqa: E731
+        call = _float8_matmul(a, b) if dtype == torch.float8_e4m3fn else _matmul(a.to(dtype), b.to(dtype))
         return 2 * size**3 / timer.time(call).seconds
     except (RuntimeError, NotImplementedError):  # torch's answer where a device has no float8 matmul
         if dtype == torch.float8_e4m3fn:
@@ -63,7 +63,11 @@ def _matmul_rate(timer: Timer, dtype: torch.dtype, size: int) -> float | None:
         raise
 
 
-def _float8_matmul(a: Tensor, b: Tensor):
+def _matmul(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    return lambda: a @ b
+
+
+def _float8_matmul(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
     one = torch.ones((), device=a.device)
     x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
     return lambda: torch._scaled_mm(x, y, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)

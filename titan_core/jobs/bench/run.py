@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +42,9 @@ class Report:
     rows: list[Row]
 
     @property
-    def wrong(self) -> list[Row]:
-        """Return what computed a wrong result, and what of titan's failed."""
-        return [r for r in self.rows if r.verdict == "wrong" or (r.verdict == "failed" and r.backend == OWN)]
+    def failures(self) -> list[Row]:
+        """Return where titan itself was wrong, or failed."""
+        return [row for row in self.rows if row.backend == OWN and row.verdict in ("wrong", "failed")]
 
 
 def run(names: Sequence[str], request: Request, *, budget: float | None = None, listener: Listener = silent) -> Report:
@@ -53,8 +54,7 @@ def run(names: Sequence[str], request: Request, *, budget: float | None = None, 
     """
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    if not request.reduced and not gpu:
-        raise UsageError("full shapes need a GPU", tip="leave the shapes reduced")
+    request = request if gpu else dataclasses.replace(request, reduced=True)
     timer = Timer(device, budget if budget is not None else 0.3 if gpu else 0.1)
     listener(Note("measuring what this device can do"))
     roofline = measure(timer, {"bf16", "fp32", request.dtype})

@@ -1,4 +1,4 @@
-"""The one timer of kernels: medians of single calls on cold caches, by device events on a GPU, by the clock on a CPU."""
+"""The one timer of kernels: medians of single calls on cold caches, by events on a GPU, by the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ class Timer:
         """Return what a call takes; it is warmed up first, so compilation and set-up stay out."""
         measure = self._on_gpu if self.device.type == "cuda" else self._on_cpu
         call()
-        began, done = time.perf_counter(), 0
-        while done == 0 or (time.perf_counter() - began < _WARM_UP_SECONDS and done < _LEAST_CALLS):
-            once = measure(call, 1)[0]
-            done += 1
-        calls = min(_MOST_CALLS, max(_LEAST_CALLS, int(self.budget / max(once, 1e-7))))
+        began, tried = time.perf_counter(), measure(call, 1)
+        while time.perf_counter() - began < _WARM_UP_SECONDS and len(tried) < _LEAST_CALLS:
+            tried += measure(call, 1)
+        calls = min(_MOST_CALLS, max(_LEAST_CALLS, int(self.budget / max(tried[-1], 1e-7))))
         taken = sorted(measure(call, calls))
         low, high = taken[len(taken) // 5], taken[-1 - len(taken) // 5]
         return Timing(statistics.median(taken), (high - low) / 2, calls)
