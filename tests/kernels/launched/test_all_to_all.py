@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 
-WORLD, EXPERTS, ROUNDS = 3, 2, 5
+WORLD, EXPERTS, ROUNDS = 3, 2, 4
 
 
 def exchanges(layout: Layout, device: torch.device) -> list[SymmetricExchange]:

@@ -55,19 +55,19 @@ def run(names: Sequence[str], request: Request, *, budget: float | None = None, 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     request = request if gpu else dataclasses.replace(request, reduced=True)
+    draw = Draw(device, request.seed)
+    cases = [case for name in names for case in _cases(name)(request, draw)]  # their inputs are drawn one by one
+    known = sorted({backend for case in cases for backend in case.backends})
+    for backend in request.backends:
+        if backend not in known:
+            raise UsageError(f"no backend `{backend}` here", tip="one of " + ", ".join(known))
     timer = Timer(device, budget if budget is not None else 0.3 if gpu else 0.1)
     listener(Note("measuring what this device can do"))
     roofline = measure(timer, {"bf16", "fp32", request.dtype})
-    draw = Draw(device, request.seed)
     rows: list[Row] = []
-    for name in names:
-        for case in _cases(name)(request, draw):
-            listener(Note(f"{case.operation} {case.shape} {case.part} {case.dtype}"))
-            rows += run_case(case, timer, roofline, request.backends)
-    known = {row.backend for row in rows}
-    missing = [backend for backend in request.backends if backend not in known]
-    if missing:
-        raise UsageError(f"no backend `{missing[0]}` here", tip="`--backend all` shows what there is")
+    for case in cases:
+        listener(Note(f"{case.operation} {case.shape} {case.part} {case.dtype}"))
+        rows += run_case(case, timer, roofline, request.backends)
     return Report(roofline.device, torch.__version__, _version("triton"), request.reduced, request.seed, roofline, rows)
 
 
