@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titan_kernels import permutation_kernels
 from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
 
 
@@ -76,6 +77,56 @@ def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: 
     """Launch grad_x = grad @ weight[e]."""
     config = config or config_for(grad_RO, weight_EOI.shape[2])
     return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
+
+
+def forward_blocks(
+    x_RI: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
+) -> Tensor:
+    """Launch y = x @ weight[e].T where blocks of rows share an expert."""
+    config = fitting(config or config_for(x_RI, weight_EOI.shape[1]), block_rows)
+    tiles = plan_blocks(expert_B, x_RI.shape[0], config.block_m, weight_EOI.shape[0])
+    return product(x_RI, weight_EOI, tiles, config, transposed=False)
+
+
+def input_gradient_blocks(
+    grad_RO: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
+) -> Tensor:
+    """Launch grad_x = grad @ weight[e] where blocks of rows share an expert."""
+    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2]), block_rows)
+    tiles = plan_blocks(expert_B, grad_RO.shape[0], config.block_m, weight_EOI.shape[0])
+    return product(grad_RO, weight_EOI, tiles, config, transposed=True)
+
+
+def weight_gradient_blocks(
+    grad_RO: Tensor,
+    x_RI: Tensor,
+    expert_B: Tensor,
+    num_experts: int,
+    block_rows: int,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """Launch the gradient to the weight where blocks of rows share an expert: sort the blocks, then sum."""
+    config = fitting(config or config_for(x_RI, x_RI.shape[1]), block_rows)
+    num_blocks = expert_B.shape[0]
+    _, ends, _, blocks = permutation_kernels.place(expert_B[:, None], num_experts, 1, num_blocks)
+    return weight_gradient(grad_RO, x_RI, ends, config, blocks, block_rows)
+
+
+def fitting(config: GemmConfig, block_rows: int) -> GemmConfig:
+    """Return `config` with tiles that divide blocks of `block_rows` rows."""
+    power = block_rows & -block_rows
+    return replace(config, block_m=min(config.block_m, power), block_k=min(config.block_k, power))
+
+
+def plan_blocks(expert_B: Tensor, num_rows: int, block_m: int, num_experts: int) -> Tensor:
+    """Launch the plan of tiles where each block of rows names its expert."""
+    num_tiles = num_rows // block_m
+    tiles = torch.empty(1 + num_tiles, PLANNED, dtype=torch.int32, device=expert_B.device)
+    _plan_blocks[(triton.cdiv(num_tiles + 1, 1024),)](
+        expert_B, tiles, num_tiles, num_tiles // max(expert_B.shape[0], 1), num_experts,
+        BLOCK_M=block_m, TILES=1024, num_warps=4,
+    )  # fmt: skip
+    return tiles
 
 
 def product(x_RK: Tensor, weight: Tensor, tiles: Tensor, config: GemmConfig, transposed: bool) -> Tensor:
@@ -163,6 +214,20 @@ def _plan(
         tl.store(entry + 2, tl.full((TILES,), 0, tl.int32) + end_row, mask=inside)
     if expert == num_experts:
         tl.store(tiles_ptr, tl.minimum(before + count, most))
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _plan_blocks(experts_ptr, tiles_ptr, num_tiles, tiles_a_block, num_experts, BLOCK_M: tl.constexpr, TILES: tl.constexpr):
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    inside = tile < num_tiles
+    expert = tl.load(experts_ptr + tile // tiles_a_block, mask=inside, other=-1)
+    expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts)
+    entry = tiles_ptr + (1 + tile) * 4
+    tl.store(entry, expert, mask=inside)
+    tl.store(entry + 1, tile * BLOCK_M, mask=inside)
+    tl.store(entry + 2, (tile + 1) * BLOCK_M, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(tiles_ptr, num_tiles)
 
 
 @triton.jit
