@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from titan_kernels import permutation_kernels
 from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
@@ -129,20 +130,33 @@ def plan_blocks(expert_B: Tensor, num_rows: int, block_m: int, num_experts: int)
     return tiles
 
 
-def product(x_RK: Tensor, weight: Tensor, tiles: Tensor, config: GemmConfig, transposed: bool) -> Tensor:
-    """Launch x @ weight[e].T, or x @ weight[e] if `transposed`, over planned tiles of rows."""
+def product(
+    x_RK: Tensor,
+    weight: Tensor,
+    tiles: Tensor,
+    config: GemmConfig,
+    transposed: bool,
+    also: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Launch x @ weight[e].T, or x @ weight[e] if `transposed`, over planned tiles of rows.
+
+    The product of `also`, another x and weight of the same shapes, is added to it before it is rounded.
+    """
     num_rows, width_k = x_RK.shape
     width_n = weight.shape[2 if transposed else 1]
     y = x_RK.new_empty(num_rows, width_n)
     if y.numel() == 0 or width_k == 0:
         return y.zero_()
-    mapped = config.tensor_map and takes_tensor_map(x_RK, weight)
+    others = also or (x_RK, weight)
+    mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others)
+    x_block = [config.block_m, config.block_k]
     weight_block = [1, config.block_k, config.block_n] if transposed else [1, config.block_n, config.block_k]
     _product[(num_programs(x_RK),)](
-        _operand(x_RK, [config.block_m, config.block_k], mapped), _operand(weight, weight_block, mapped), y, tiles,
-        width_n, width_k, weight.shape[0],
-        TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(x_RK),
-        **_blocks(config),
+        operand(x_RK, x_block, mapped), operand(weight, weight_block, mapped),
+        operand(others[0], x_block, mapped), operand(others[1], weight_block, mapped),
+        y, tiles, width_n, width_k, weight.shape[0],
+        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(x_RK),
+        **blocks_of(config),
     )  # fmt: skip
     return y
 
@@ -166,21 +180,21 @@ def weight_gradient(
         return gradient.zero_()
     mapped = config.tensor_map and takes_tensor_map(grad_RO, x_RI)
     _weight_gradient[(num_programs(x_RI),)](
-        _operand(grad_RO, [config.block_k, config.block_m], mapped),
-        _operand(x_RI, [config.block_k, config.block_n], mapped),
+        operand(grad_RO, [config.block_k, config.block_m], mapped),
+        operand(x_RI, [config.block_k, config.block_n], mapped),
         gradient, ends_E, ends_E if blocks is None else blocks, num_rows, out, width, ends_E.shape[0],
-        BLOCK_ROWS=block_rows, TENSOR_MAP=mapped, PRECISION=dot_precision(x_RI), **_blocks(config),
+        BLOCK_ROWS=block_rows, TENSOR_MAP=mapped, PRECISION=dot_precision(x_RI), **blocks_of(config),
     )  # fmt: skip
     return gradient
 
 
-def _operand(x: Tensor, block: list[int], mapped: bool) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
+def operand(x: Tensor, block: list[int], mapped: bool) -> Any:
+    """Return `x` as a kernel takes it: a description of its blocks for the copy engine, or a pointer."""
     return TensorDescriptor.from_tensor(x, block) if mapped else x
 
 
-def _blocks(config: GemmConfig) -> dict[str, int]:
+def blocks_of(config: GemmConfig) -> dict[str, int]:
+    """Return the constants of a kernel that `config` sets."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -275,8 +289,8 @@ def weight_block(
 
 @triton.jit
 def _product(
-    x, weight, y_ptr, tiles_ptr, width_n, width_k, num_experts,
-    TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, other_x, other_weight, y_ptr, tiles_ptr, width_n, width_k, num_experts,
+    PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(tiles_ptr)
@@ -295,6 +309,14 @@ def _product(
                 weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
             )
             total = tl.dot(a, b, total, input_precision=PRECISION)
+        if PAIR:
+            for step in range(steps):
+                k = step * BLOCK_K
+                a = rows_block(other_x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+                b = weight_block(
+                    other_weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
+                )
+                total = tl.dot(a, b, total, input_precision=PRECISION)
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (rows < end)[:, None] & (column < width_n)[None, :]
         at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
