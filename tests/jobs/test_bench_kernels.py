@@ -203,7 +203,7 @@ def test_inputs_follow_the_seed() -> None:
     assert not torch.equal(one, other)
 
 
-# ------------------------------------------------------------------------------------------------ words, pictures, ranks
+# ------------------------------------------------------------------------------------------------ words, plots, ranks
 
 
 def test_shapes_are_presets_or_four_numbers() -> None:
@@ -229,7 +229,8 @@ def test_a_picture_is_drawn_or_refused_before_anything_is_measured(tmp_path: Pat
 
 def _collectives() -> list[tuple[str, int, float]]:
     world = World(torch.distributed.get_rank(), torch.distributed.get_world_size())
-    return [(row.name, row.size, row.bus_gigabytes_per_second * row.seconds) for row in run_collectives(world, largest=1 << 16).rows]  # fmt: skip
+    rows = run_collectives(world, largest=1 << 16).rows
+    return [(row.name, row.size, row.bus_gigabytes_per_second * row.seconds) for row in rows]
 
 
 def test_collectives_count_what_each_rank_must_send() -> None:

@@ -19,7 +19,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 class Roofline:
     """A device's measured ceilings: FLOP/s of a dense matmul by dtype, None where it has none; copied bytes/s.
 
-    Copied bytes count twice, read and written. `peak` is the bf16 rate on the data sheet, None if not known.
+    They are those of the fastest call: a ceiling is what other load does not lower. Copied bytes count twice, read and
+    written. `peak` is the bf16 rate on the data sheet, None if not known.
     """
 
     device: str
@@ -49,14 +50,14 @@ def measure(timer: Timer, dtypes: set[str]) -> Roofline:
 def _copy_rate(timer: Timer, size: int) -> float:
     source = torch.randn(size // 4, device=timer.device)
     target = torch.empty_like(source)
-    return 2 * size / timer.time(lambda: target.copy_(source)).seconds
+    return 2 * size / timer.time(lambda: target.copy_(source)).fastest
 
 
 def _matmul_rate(timer: Timer, dtype: torch.dtype, size: int) -> float | None:
     a, b = (torch.randn(size, size, device=timer.device) for _ in range(2))
     try:
         call = _float8_matmul(a, b) if dtype == torch.float8_e4m3fn else _matmul(a.to(dtype), b.to(dtype))
-        return 2 * size**3 / timer.time(call).seconds
+        return 2 * size**3 / timer.time(call).fastest
     except (RuntimeError, NotImplementedError):  # torch's answer where a device has no float8 matmul
         if dtype == torch.float8_e4m3fn:
             return None
