@@ -69,7 +69,7 @@ def _case(shape: Grouped, part: str, imbalance: float, draw: Draw) -> Case:
         weights = shape.groups * shape.inner * shape.outer  # its gradient is written, as zeros
     return Case(
         operation="moe-gemm",
-        shape=_named(shape, imbalance),
+        shape=named(shape, imbalance),
         part=part,
         dtype="bf16",
         flops=2.0 * shape.rows * shape.inner * shape.outer,
@@ -80,7 +80,8 @@ def _case(shape: Grouped, part: str, imbalance: float, draw: Draw) -> Case:
     )
 
 
-def _named(shape: Grouped, imbalance: float) -> str:
+def named(shape: Grouped, imbalance: float) -> str:
+    """Return how a shape is shown."""
     return str(shape) + (f" skew={imbalance:g}" if imbalance else "")
 
 

@@ -21,6 +21,7 @@ from titan_core.runtime.events import Listener, Note, silent
 # name -> module with `cases(request, draw)`
 OPERATIONS = {
     "moe-gemm": "moe_gemm",
+    "moe-layer": "moe_layer",
     "permute": "permute",
     "quant": "quant",
     "fused-ce": "fused_ce",
