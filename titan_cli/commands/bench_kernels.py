@@ -51,6 +51,14 @@ def moe_gemm(
     _run(ctx, ["moe-gemm"], request, backend, seed, plot)
 
 
+def moe_layer(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """Whole layers of experts.
+
+    Placement, gather, gate, products and weighted sum, beside the same from torch's grouped_mm. Without the router.
+    """
+    _run(ctx, ["moe-layer"], Request(), backend, seed, plot)
+
+
 def permute(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
     """Rows to their experts and back.
 
@@ -96,7 +104,7 @@ def everything(
     plot: str | None = _PLOT,
 ) -> None:
     """All of the kernels above."""
-    names = ["moe-gemm", "permute", "quant", "fused-ce", "pointwise", "attention"]
+    names = ["moe-gemm", "moe-layer", "permute", "quant", "fused-ce", "pointwise", "attention"]
     _run(ctx, names, Request(shapes=read_shapes(shapes), imbalance=imbalance), "all", seed, plot)
 
 
@@ -142,6 +150,7 @@ def collectives(
 COMMANDS = {
     "moe-gemm": (moe_gemm, "titan bench moe-gemm --shapes qwen3-30b --imbalance 0.5\n  titan bench moe-gemm --shapes "
                  "8192,4096,7168,8 --pass fwd,dw --json"),
+    "moe-layer": (moe_layer, "titan bench moe-layer"),
     "permute": (permute, "titan bench permute"),
     "quant": (quant, "titan bench quant"),
     "fused-ce": (fused_ce, "titan bench fused-ce --backend titan,compile"),

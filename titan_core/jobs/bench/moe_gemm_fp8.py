@@ -1,7 +1,7 @@
-"""The experts' matrix products in float8: everyone is given the same float8 operands, and is compared with their values.
+"""The experts' matrix products in float8: all are given the same float8 operands, and compared with their values.
 
-Two recipes: scales of 1 x 128 and 128 x 128 blocks (DeepSeek-V3), and one scale a row. `linear` is the whole layer's
-forward, casts included, from bf16.
+Two recipes: scales of 1 x 128 and 128 x 128 blocks (DeepSeek-V3), and one scale a row; and the whole layer's forward,
+casts included, from bf16.
 
 Shape letters: R rows, E experts, I inner width, O outer width, B blocks of 128.
 """
