@@ -119,7 +119,7 @@ def collectives(
 ) -> None:
     """Bandwidth between ranks, by size.
 
-    all_gather, reduce_scatter, all_to_all and all_reduce, over NCCL on GPUs and gloo on CPUs.
+    all_gather, reduce_scatter, all_to_all, all_reduce, and rows to experts, over NCCL on GPUs and gloo on CPUs.
     """
     no_flags(ctx)
     from titan_cli import launch, worker
@@ -230,7 +230,7 @@ def _operation(rows: list[Row]) -> str:
     title = rows[0].operation + f" ({rows[0].dtype})"
     lines = [
         title,
-        f"{'shape':<{shapes}}  {'pass':<{parts}}  {'backend':<{names}}{'ms':>10}{'±':>8}{'TFLOP/s':>9}{'GB/s':>8}"
+        f"{'shape':<{shapes}}  {'pass':<{parts}}  {'backend':<{names}}{'ms':>10}{'±':>8}{'TFLOP/s':>10}{'GB/s':>8}"
         f"{'roofline':>10}{'vs titan':>10}{'error':>10}",
     ]
     before = ("", "")
@@ -250,12 +250,12 @@ def _numbers(row: Row) -> str:
     if row.seconds is None or row.spread is None:
         error = "" if row.error is None else f", error {row.error:.1e} above {row.limit:.1e}"
         return f"  {row.verdict}: {row.note}{error}"
-    tflops = "" if row.tflops is None else f"{row.tflops:.4g}"
-    gigabytes = "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.4g}"
+    tflops = "" if row.tflops is None else f"{row.tflops:.3g}"
+    gigabytes = "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.3g}"
     roofline = "" if row.roofline is None else f"{row.roofline:.0%}"
     against = "" if row.against_titan is None else f"{row.against_titan:.2f}x"
     return (
-        f"{row.seconds * 1e3:>10.4g}{row.spread * 1e3:>8.2g}{tflops:>9}{gigabytes:>8}{roofline:>10}{against:>10}"
+        f"{row.seconds * 1e3:>10.4g}{row.spread * 1e3:>8.2g}{tflops:>10}{gigabytes:>8}{roofline:>10}{against:>10}"
         f"{row.error:>10.1e}"
     )
 
@@ -263,10 +263,11 @@ def _numbers(row: Row) -> str:
 def _collectives_table(report: CollectiveReport) -> str:
     lines = [
         f"{report.ranks} ranks · {report.backend} · {report.device}",
-        f"{'':<16}{'KiB':>10}{'ms':>10}{'bus GB/s':>10}",
+        f"{'':<20}{'KiB':>10}{'ms':>10}{'bus GB/s':>10}",
     ]
     for row in sorted(report.rows, key=lambda row: row.name):
         lines.append(
-            f"{row.name:<16}{row.size / 1024:>10.0f}{row.seconds * 1e3:>10.4g}{row.bus_gigabytes_per_second:>10.3g}"
+            f"{row.name:<20}{row.size / 1024:>10.0f}{row.seconds * 1e3:>10.4g}{row.bus_gigabytes_per_second:>10.3g}"
         )
+    lines += [f"absent: {name} ({reason})" for name, reason in report.absent.items()]
     return "\n".join(lines)

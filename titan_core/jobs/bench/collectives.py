@@ -2,7 +2,9 @@
 
 Bus bandwidth is what every rank must send at least, over the time: it compares with a link's rate whatever the number
 of ranks n. all_reduce sends 2 (n-1)/n of its buffer, all_gather and reduce_scatter (n-1)/n of the whole, all_to_all
-(n-1)/n of what a rank has (the definitions of NVIDIA's nccl-tests).
+(n-1)/n of what a rank has (the definitions of NVIDIA's nccl-tests). `experts` is what expert parallelism does with an
+all_to_all: counts, rows, and rows in the order of the experts; `experts_symmetric` the same through memory that the
+GPUs of a node share.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from titan_kernels.all_to_all import CollectiveExchange, Exchange, SymmetricExchange, dispatch
 from torch import Tensor
 
+from titan_core.jobs.bench.case import Absent
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import RunFailed
 from titan_core.runtime.events import Listener, Note, silent
@@ -24,6 +28,7 @@ from titan_core.runtime.events import Listener, Note, silent
 # torch 2.14 renamed them; the old names go when 2.13 is no longer supported
 _gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_from: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_ROW = 1024  # numbers of a row that goes to an expert: 4 KiB
 _CALLS = 20
 _WARM_UP = 3
 
@@ -47,6 +52,7 @@ class CollectiveReport:
     backend: str
     ranks: int
     rows: list[CollectiveRow]
+    absent: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,24 @@ def run(world: World, *, largest: int = 1 << 26, listener: Listener = silent) ->
     """Check and time every collective at sizes from 64 KiB up, by fours, on all ranks of the job."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     rows: list[CollectiveRow] = []
+    absent: dict[str, str] = {}
     size = 1 << 16
     while size <= largest:
         for collective in COLLECTIVES:
             listener(Note(f"{collective} {size >> 10} KiB"))
-            rows.append(_measure(collective, size, world))
+            try:
+                rows.append(_measure(collective, size, world))
+            except Absent as reason:  # known before any rank communicates, and the same on all
+                absent[collective] = str(reason)
         size *= 4
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    return CollectiveReport(name, backend, world.size, rows)
+    return CollectiveReport(name, backend, world.size, rows, absent)
 
 
 def _measure(name: str, size: int, world: World) -> CollectiveRow:
     collective = COLLECTIVES[name]
-    count = size // 4 // world.size * world.size or world.size
+    unit = _ROW * world.size  # numbers: whole rows for everybody
+    count = max(1, size // 4 // unit) * unit
     buffer = torch.full((count,), float(world.rank + 1), device=world.device)
     call, right = collective.make(buffer, world)
     call()
@@ -130,9 +141,39 @@ def _all_to_all(buffer: Tensor, world: World) -> tuple[Callable[[], object], Cal
     return lambda: dist.all_to_all_single(received, buffer), lambda: bool((received == expected).all())
 
 
+def _experts(
+    buffer: Tensor, world: World, exchange: Exchange | None = None
+) -> tuple[Callable[[], object], Callable[[], bool]]:
+    """Send equal parts to all ranks, of which the experts get a half, two quarters and nothing."""
+    exchange = CollectiveExchange() if exchange is None else exchange
+    rows = buffer.view(-1, _ROW)
+    part = rows.shape[0] // world.size
+    shares = [part // 2, part // 4, part - part // 2 - part // 4, 0]
+    counts = torch.tensor([shares] * world.size, dtype=torch.int32, device=buffer.device)
+    sender = torch.arange(1, world.size + 1, device=buffer.device)
+    expected = torch.cat([sender.repeat_interleave(share) for share in shares])
+
+    def call() -> Tensor:
+        return dispatch(exchange, rows, counts, capacity=rows.shape[0])[0]
+
+    return call, lambda: bool((call() == expected[:, None]).all())
+
+
+def _experts_symmetric(buffer: Tensor, world: World) -> tuple[Callable[[], object], Callable[[], bool]]:
+    if world.device.type != "cuda":
+        raise Absent("memory that devices share needs GPUs")
+    if world.local_size != world.size:
+        raise Absent("memory that devices share needs one host")
+    rows = buffer.numel() // _ROW
+    exchange = SymmetricExchange.make(rows=rows, width=_ROW, dtype=buffer.dtype, num_experts=4)
+    return _experts(buffer, world, exchange)
+
+
 COLLECTIVES = {
     "all_gather": _Collective(lambda n: (n - 1) / n, _all_gather),
     "reduce_scatter": _Collective(lambda n: (n - 1) / n, _reduce_scatter),
     "all_to_all": _Collective(lambda n: (n - 1) / n, _all_to_all),
     "all_reduce": _Collective(lambda n: 2 * (n - 1) / n, _all_reduce),
+    "experts": _Collective(lambda n: (n - 1) / n, _experts),
+    "experts_symmetric": _Collective(lambda n: (n - 1) / n, _experts_symmetric),
 }
