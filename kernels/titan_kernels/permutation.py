@@ -152,7 +152,8 @@ def _place(experts_TK: Tensor, num_experts: int, align: int) -> tuple[Tensor, Te
 
         num_rows = placement_rows(experts_TK.numel(), num_experts, align)
         return permutation_kernels.place(experts_TK.contiguous(), num_experts, align, num_rows)
-    return tuple(reference_place(experts_TK, num_experts, align))
+    counts, ends, row, source = reference_place(experts_TK, num_experts, align)
+    return counts, ends, row, source
 
 
 @_place.register_fake
@@ -223,9 +224,7 @@ def _unpermute_gradients(
 
 
 @_unpermute_gradients.register_fake
-def _(
-    grad_TD: Tensor, rows_RD: Tensor, row_TK: Tensor, source_R: Tensor, weights_TK: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(grad_TD: Tensor, rows_RD: Tensor, row_TK: Tensor, source_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows_RD), torch.empty_like(weights_TK)
 
 

@@ -4,6 +4,11 @@ Bytes that must move, with e bytes an element: permute T*D*e read (a token's K r
 unpermute the same the other way. Placement moves a few integers an assignment; what it costs is its three launches.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnbound=false
+# (a checker sees a kernel as the Python function that it is not)
+
 from __future__ import annotations
 
 import torch
@@ -175,9 +180,7 @@ def _combine(
         else:
             total += values.to(tl.float32)
     inside = (token < num_tokens)[:, None] & (column < width)
-    tl.store(
-        x_ptr + token.to(tl.int64)[:, None] * width + column, total.to(x_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(x_ptr + token.to(tl.int64)[:, None] * width + column, total.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_assignments"])
