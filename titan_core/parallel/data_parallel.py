@@ -84,6 +84,7 @@ def replicate(parallel: DataParallel, mesh: Mesh, device: torch.device) -> None:
             device_ids=[device.index] if device.type == "cuda" else None,
             process_group=mesh.replicate.get_group(),
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # what a rank has counted is its own
             init_sync=False,  # every rank has drawn the same weights: they depend on seed and name only
         )
 

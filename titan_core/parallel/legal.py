@@ -37,7 +37,7 @@ def _tensor(config: Config, layout: Layout, family: Family, sizes: Any) -> Itera
         if dim is None or not any(inside.values()) or parameter.role in ("embedding", "output"):
             continue
         if parameter.shape[dim] % layout.tp:
-            what = f"{parameter.shape[dim]} {'columns' if dim else 'rows'}"
+            what = f"{parameter.shape[dim]} {'columns' if dim == -1 else 'rows'}"
             message = f"{parameter.name} has {what}, not a multiple of {layout.tp}"
             yield Problem(key, message, tip="choose a degree that divides it")
             return

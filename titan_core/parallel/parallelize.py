@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titan_core.config.schema import Compile, Config
 from titan_core.declare.family import Family
 from titan_core.declare.sharding import matches
-from titan_core.nn.layers import set_compute_dtype
+from titan_core.nn.layers import set_compute_dtype, set_parameter_dtype
 from titan_core.parallel import activation_checkpoint, context, data_parallel, pipeline, stages, tensor
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.exchange import Wire
@@ -57,17 +57,23 @@ class Part:
 def parts_of(family: Family, sizes: Any, mesh: Mesh, config: Config) -> list[tuple[nn.Module, Cut | None]]:
     """Build on the meta device what this rank holds of a model: all of it, or its pipeline stages."""
     with torch.device("meta"):
-        model = family.build(sizes).to(DTYPES[config.training.dtype])
+        model = _build(family, sizes, config)
         if mesh.layout.pp == 1:
             return [(model, None)]
         names = [name for name, _ in model.named_modules()]
         every = stages.cuts(config.parallelism, family, names)
         found: list[tuple[nn.Module, Cut | None]] = []
         for stage in stages.owned(config.parallelism, every, mesh.at["pp"]):
-            piece = family.build(sizes).to(DTYPES[config.training.dtype])
+            piece = _build(family, sizes, config)
             pipeline.cut(piece, stage, family.sharding)
             found.append((piece, stage))
         return found
+
+
+def _build(family: Family, sizes: Any, config: Config) -> nn.Module:
+    model = family.build(sizes)
+    set_parameter_dtype(model, DTYPES[config.training.dtype])
+    return model
 
 
 def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple[DataParallel, list[str]]:

@@ -80,7 +80,7 @@ def _split(module: nn.Module, name: str, dim: int | None, mesh: DeviceMesh, *, s
     """
     parameter = module._parameters[name]
     assert parameter is not None
-    placement = Replicate() if dim is None else Shard(dim)
+    placement = Replicate() if dim is None else Shard(dim % parameter.dim())
     split = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
     module._parameters[name] = nn.Parameter(split, requires_grad=parameter.requires_grad)
 

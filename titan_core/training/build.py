@@ -20,7 +20,7 @@ from titan_core.optim.build import build_optimizer
 from titan_core.parallel import data_parallel, legal, pipeline
 from titan_core.parallel.context import Cutter
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
-from titan_core.parallel.materialise import materialise
+from titan_core.parallel.materialise import materialise, stored_buffers
 from titan_core.parallel.mesh import Layout, Mesh
 from titan_core.parallel.parallelize import Parallel, Part, parallelize, parts_of
 from titan_core.parallel.pipeline import Pipeline
@@ -67,8 +67,8 @@ class Parts:
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The model's buffers by name."""
-        return {name: b for model in self.models for name, b in model.named_buffers()}
+        """The model's buffers by name, those that are stored."""
+        return {name: b for model in self.models for name, b in stored_buffers(model).items()}
 
     @property
     def counts(self) -> bool:
