@@ -40,6 +40,7 @@ SHARDING = Sharding(
     experts=("layers.*.moe.experts",),
     mixtures=("layers.*.moe",),
     shared=("layers.*.moe.shared_experts",),
+    loads=("layers.*.moe.router.load",),
     attentions=("layers.*.attention.attend",),
     first=("tok_embeddings",),
     last=("norm", "output"),

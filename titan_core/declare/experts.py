@@ -20,8 +20,8 @@ class ExpertSizes:
     `normalise_scores` and multiplied by `route_scale`, weigh what experts give, or with `score_before_experts` what
     they get.
 
-    With `score_bias`, a bias is added to the scores for the choice alone; `load_balance_coeff` is the step by which that
-    of an expert with too few tokens grows (Wang et al. 2024).
+    With `score_bias`, a bias is added to the scores for the choice alone; `load_balance_coeff` is the step by which
+    that of an expert with too few tokens grows (Wang et al. 2024).
     `sequence_balance_loss` weighs the loss of DeepSeek-V3 (eq. 17) for every sequence; `global_balance_loss` the same
     with the loads of the whole batch of the last step.
     """

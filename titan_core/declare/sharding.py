@@ -19,9 +19,10 @@ class Sharding:
     by input features, whose results are partial sums. A projection is split inside of one of the `regions`: modules
     whose first argument is the residual stream (B, T, D), needed whole, and whose result is added to it. Outside of the
     regions the stream may be split along T, from the `embeddings` on to `closing`, the last norm.
-    `experts` are modules that hold the weights of many experts, stacked along their first dimension, and are called with
+    `experts` are modules that hold the weights of many experts, stacked along dimension 0, and are called with
     tokens (N, D), the numbers of the experts chosen for each (N, K) and their weights (N, K) or None. They lie in
-    `mixtures`, which are regions, with `shared` experts beside them.
+    `mixtures`, which are regions, with `shared` experts beside them; `loads` are the modules there that count what each
+    sequence sends to each expert, and return it as (B, E).
     `attentions` are the modules that attend: no weights, called with queries, keys, values (B, T, heads, width) and a
     mask. `first` and `last` are the modules before and after the blocks, where a pipeline begins and ends.
     """
@@ -34,6 +35,7 @@ class Sharding:
     experts: tuple[str, ...] = ()
     mixtures: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    loads: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()

@@ -60,8 +60,8 @@ class Experts(nn.Module):
 class Rows(NamedTuple):
     """Assignments of tokens to experts, sorted by expert and within one by token.
 
-    `order_R` is the flat number n K + k of the assignment in each row, `row_NK` its inverse, `ends_E` (int32) the end of
-    each expert's rows.
+    `order_R` is the flat number n K + k of the assignment in each row, `row_NK` its inverse, `ends_E` (int32) the end
+    of each expert's rows.
     """
 
     order_R: Tensor
@@ -150,6 +150,17 @@ class Combine(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------ products
+
+
+def choose_backend(asked: str, device_type: str, widths: set[int], *, compiled: bool) -> tuple[Backend, str]:
+    """Return how to form products, and why. torch's grouped product wants rows of a multiple of 16 bytes."""
+    if asked != "auto":
+        return ("grouped_mm" if asked == "grouped_mm" else "loop"), "as asked"
+    if any(width % 8 for width in widths):
+        return "loop", "a width is not a multiple of 8"
+    if compiled:
+        return "grouped_mm", "the compiler cannot see through a loop"
+    return ("loop", "the fastest on a CPU") if device_type == "cpu" else ("grouped_mm", "the host waits for nothing")
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:

@@ -75,8 +75,8 @@ class SwiGLU(nn.Module):
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Make every layer of a module compute in `dtype`."""
     for layer in module.modules():
-        if hasattr(layer, "compute_dtype"):
-            layer.compute_dtype = dtype
+        if "compute_dtype" in vars(layer):
+            vars(layer)["compute_dtype"] = dtype
 
 
 def set_parameter_dtype(module: nn.Module, dtype: torch.dtype) -> None:

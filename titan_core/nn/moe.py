@@ -53,6 +53,10 @@ class Router(nn.Module):
     `evenly` deals tokens to experts in turn, whatever the scores.
     """
 
+    expert_bias: Tensor
+    last_load: Tensor
+    tally_E: Tensor
+
     def __init__(self, sizes: Any) -> None:
         super().__init__()
         self.sizes = sizes
@@ -104,7 +108,7 @@ class Router(nn.Module):
         mean_BE = shares_BTE.sum(1) / tokens_B1
         weights_BE = sizes.sequence_balance_loss * load_BE / tokens_B1
         if sizes.global_balance_loss:
-            last_E: Tensor = self.last_load
+            last_E = self.last_load
             weights_BE = weights_BE + sizes.global_balance_loss * sizes.top_k * last_E / last_E.sum().clamp(min=1)
         return (weights_BE * mean_BE).sum() * (sizes.num_experts / sizes.top_k)
 

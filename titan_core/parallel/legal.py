@@ -18,6 +18,7 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_tensor(config, layout, family, sizes),
         *_context(config, layout, family, sizes),
         *_pipeline(config, layout, family, sizes),
+        *_experts(config, layout, family, sizes),
         *_backend(config, layout),
     ]
 
@@ -103,9 +104,34 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
         yield Problem(error.where or "parallelism", error.message, tip=error.tip)
 
 
+def _experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
+    if layout.ep == 1:
+        return
+    key = "parallelism.expert_parallel_degree"
+    shapes = [p.shape for p in family.parameters(sizes) if p.role == "expert"]
+    if not shapes:
+        yield Problem(key, f"this {family.name} has no experts to split over {layout.ep} ranks", tip="use 1")
+        return
+    count = shapes[0][0]
+    if count % layout.ep:
+        fits = [n for n in range(1, layout.ep + 1) if count % n == 0]
+        yield Problem(key, f"{count} experts do not divide over {layout.ep} ranks", tip=f"try {fits[-1]}")
+        return
+    if layout.routed_by_parts and not config.parallelism.enable_sequence_parallel:
+        message = "experts over tensor-parallel ranks take parts of the stream, and `enable_sequence_parallel` is off"
+        tip = f"set it, or expert_tensor_parallel_degree to {layout.tp}"
+        yield Problem("parallelism.enable_sequence_parallel", message, tip=tip)
+    shards = layout.expert_fsdp
+    if (count // layout.ep) % shards and any(shape[1] // layout.expert_tp % shards for shape in shapes):
+        message = f"{count // layout.ep} experts a rank, {shapes[0][1]} wide, do not divide over {shards} shards"
+        yield Problem(key, message, tip=f"raise it to {min(count, layout.ep * shards)}")
+
+
 def _backend(config: Config, layout: Layout) -> Iterator[Problem]:
     if config.parallelism.data_parallel_backend == "simple":
         key = "parallelism.data_parallel_backend"
+        if layout.ep > 1:
+            yield Problem(key, "`simple` does not shard experts that are split over ranks", tip="use fsdp2")
         if layout.tp > 1:
             message = "`simple` shards whole parameters, not those that tensor parallelism has split"
             yield Problem(key, message, tip="use fsdp2")

@@ -200,6 +200,8 @@ def _axes(mesh: Mesh) -> dict[str, str]:
     """Name the process groups by the axes that they run along."""
     named = {"replicate": mesh.replicate.get_group(), "fsdp": mesh.parameters["fsdp"].get_group()}
     named |= {"tensor": mesh.tp.get_group(), "context": mesh.cp_group, "pipeline": mesh.pp_group}
+    if mesh.layout.ep > 1:
+        named |= {"expert": mesh.experts["ep"].get_group(), "expert fsdp": mesh.experts["expert_fsdp"].get_group()}
     return {group.group_name: axis for axis, group in named.items()}
 
 

@@ -1,0 +1,125 @@
+"""Expert parallelism: experts are split over ranks, and tokens travel to them and back.
+
+The ranks are those that otherwise hold other data (or other parts of the stream); a rank's experts are then sharded by
+FSDP over the ranks that hold the same ones. Two ways to travel:
+
+- `alltoall`: each row goes to the rank of its expert and back. What a rank will get is not known before the ranks have
+  told each other, and the host waits for that once a layer.
+- `allgather`: every rank gets the tokens of all, works on those that its experts want, and the partial sums are added
+  while they are scattered back. Nobody waits; there is room for a fixed number of rows, and what does not fit is
+  counted, so that the step can be refused.
+
+Shape letters: N tokens of a rank, A of all ranks, K choices, R rows, P ranks, L experts of a rank, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from titan_core.declare.sharding import Sharding, matches
+from titan_core.nn import experts
+from titan_core.nn.planning import planning
+from titan_core.parallel.exchange import AllToAllUneven, Gather, Scatter, all_gather, all_reduce, all_to_all
+from titan_core.parallel.mesh import Mesh
+from titan_core.parallel.views import split, wrap_forward
+
+DROPPED = "dropped_rows"  # the buffer of experts that counts rows for which there was no room
+
+
+def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, dispatch: str, capacity: float) -> None:
+    """Split the experts of a model on the meta device, each also by tensor parallelism where the layout says so."""
+    inner = mesh.layout.expert_tp
+    axes = mesh.experts["ep", "expert_tp"] if inner > 1 else mesh.experts["ep"]
+    share = mesh.layout.expert_fsdp / mesh.layout.fsdp
+    group, size, rank = mesh.experts["ep"].get_group(), mesh.layout.ep, mesh.experts["ep"].get_local_rank()
+    for name, module in model.named_modules():
+        if not matches(name, sharding.experts):
+            continue
+        for part_name, part in module.named_modules():
+            dim = sharding.split_dim(f"{name}.{part_name}")
+            for parameter_name in list(part._parameters):
+                split(
+                    part, parameter_name, axes, [0, dim] if inner > 1 else [0], lambda local: Scaled.apply(local, share)
+                )
+        if dispatch == "alltoall":
+            wrap_forward(module, _sent(module, group, size))
+        else:
+            module.register_buffer(DROPPED, torch.zeros((), dtype=torch.float32), persistent=False)
+            wrap_forward(module, _gathered(module, group, size, rank, capacity))
+
+
+class Scaled(torch.autograd.Function):
+    """The same tensor; its gradient is scaled.
+
+    Gradients of experts are sums over the tokens of all data ranks, and averaged over those alone that share them.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        """Return the tensor."""
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return its gradient, scaled."""
+        return grad * ctx.scale, None
+
+
+def count_whole_sequences(model: nn.Module, sharding: Sharding, group: ProcessGroup) -> None:
+    """Add up what parts of the same sequences, on the ranks of a group, send to each expert."""
+    for name, module in model.named_modules():
+        if matches(name, sharding.loads):
+            wrap_forward(module, lambda forward, *args: all_reduce(forward(*args), group))
+
+
+def _sent(module: Any, group: ProcessGroup, size: int) -> Callable[..., Tensor]:
+    def around(forward: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+        rows = experts.sort(chosen_NK, module.w1.weight.shape[0] * size)
+        mine_PL = rows.ends_E.diff(prepend=rows.ends_E.new_zeros(1)).view(size, -1)
+        theirs_PL = all_to_all(mine_PL, group)
+        sent, received = _numbers(mine_PL, theirs_PL, rows.order_R.shape[0])
+        x_RD = AllToAllUneven.apply(experts.Gather.apply(x_ND, rows), sent, received, group)
+        every_L = torch.arange(mine_PL.shape[1], device=x_RD.device)
+        whose_R = every_L.repeat(size).repeat_interleave(theirs_PL.flatten(), output_size=sum(received))
+        y_RD = forward(x_RD, whose_R[:, None], None)
+        return experts.combine(AllToAllUneven.apply(y_RD, received, sent, group), rows, weights_NK)
+
+    return around
+
+
+def _numbers(mine_PL: Tensor, theirs_PL: Tensor, rows: int) -> tuple[list[int], list[int]]:
+    """Return how many rows go to each rank and come from it; in a plan, which knows no numbers, equally many."""
+    size = mine_PL.shape[0]
+    if planning():
+        equal = [rows * (rank + 1) // size - rows * rank // size for rank in range(size)]
+        return equal, equal
+    sent, received = torch.stack((mine_PL.sum(1), theirs_PL.sum(1))).tolist()
+    return sent, received
+
+
+def _gathered(module: Any, group: ProcessGroup, size: int, rank: int, capacity: float) -> Callable[..., Tensor]:
+    def around(_: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+        held = module.w1.weight.shape[0]
+        x_AD = Gather.apply(x_ND, 0, group)
+        local_AK = all_gather(chosen_NK, 0, group) - rank * held
+        local_AK = local_AK.where((local_AK >= 0) & (local_AK < held), held)  # those of others come last
+        rows = experts.sort(local_AK, held + 1)
+        room = min(local_AK.numel(), math.ceil(capacity * chosen_NK.numel()))
+        ends_L = rows.ends_E[:held]
+        module.get_buffer(DROPPED).add_((ends_L[-1] - room).clamp(min=0))
+        order_R = rows.order_R[:room]
+        token_R = order_R // chosen_NK.shape[1]
+        y_RD = module.mlp(x_AD[token_R], ends_L.clamp(max=room)).float()
+        if weights_NK is not None:
+            y_RD = y_RD * Gather.apply(weights_NK, 0, group).flatten()[order_R].unsqueeze(-1)
+        y_AD = torch.zeros_like(x_AD, dtype=torch.float32).index_add(0, token_R, y_RD)
+        return Scatter.apply(y_AD, 0, group).to(x_ND.dtype)
+
+    return around
