@@ -1,0 +1,367 @@
+"""Triton kernels of `grouped_gemm.py` and `contiguous.py`.
+
+One product a tile of rows of one expert. A plan, made on the device, lists these tiles, so that the persistent programs
+of a product neither search for their group nor need the host to know its size. What belongs to nobody (rows after the
+last end) is planned as an expert past the last, with no steps over K: its tiles write zeros.
+
+Bound: 2*R*O*I operations; bytes (R*I + E*O*I + R*O) * e. At 128 x 256 tiles a bf16 product needs 85 operations a byte
+of shared-memory fill, so L2 feeds it where tiles that run together share rows (`group_m`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from titan_kernels import permutation_kernels
+from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """The tile of a program, and how the compiler shall pipeline it."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # how many tiles of rows run together, for L2
+    tensor_map: bool = True  # use the copy engine where there is one and the operands are aligned
+
+
+# By (major compute capability, bytes of an element). Untuned: never measured on a GPU. 128 x 256 is the largest
+# accumulator that eight warps hold in registers (128 of 255 each), and the stages are what shared memory takes. Full
+# fp32 goes through the ordinary units; fed by the copy engine it spilt 5.7 kB a thread (Triton 3.8, sm_90).
+CONFIGS = {
+    (8, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    (8, 4): GemmConfig(64, 128, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (9, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
+    (9, 4): GemmConfig(64, 128, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (10, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
+    (10, 4): GemmConfig(64, 128, 32, num_warps=8, num_stages=3, tensor_map=False),
+}
+PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
+
+
+def config_for(x: Tensor, width_n: int) -> GemmConfig:
+    """Return the configuration for operands like `x` and a result of `width_n` columns."""
+    config = CONFIGS[min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)]
+    return replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(width_n))))
+
+
+def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
+    """Launch the plan of the tiles of `num_rows` rows: entry 0 is their number."""
+    num_experts = ends_E.shape[0]
+    most = triton.cdiv(num_rows, block_m) + num_experts + 1
+    tiles = torch.empty(1 + most, PLANNED, dtype=torch.int32, device=ends_E.device)
+    _plan[(num_experts + 1,)](
+        ends_E, tiles, num_rows, most, num_experts,
+        BINS=triton.next_power_of_2(num_experts + 1), BLOCK_M=block_m, TILES=128, num_warps=1,
+    )  # fmt: skip
+    return tiles
+
+
+def forward(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
+    """Launch y = x @ weight[e].T."""
+    config = config or config_for(x_RI, weight_EOI.shape[1])
+    return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m), config, transposed=False)
+
+
+def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
+    """Launch grad_x = grad @ weight[e]."""
+    config = config or config_for(grad_RO, weight_EOI.shape[2])
+    return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
+
+
+def forward_blocks(
+    x_RI: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
+) -> Tensor:
+    """Launch y = x @ weight[e].T where blocks of rows share an expert."""
+    config = fitting(config or config_for(x_RI, weight_EOI.shape[1]), block_rows)
+    tiles = plan_blocks(expert_B, x_RI.shape[0], config.block_m, weight_EOI.shape[0])
+    return product(x_RI, weight_EOI, tiles, config, transposed=False)
+
+
+def input_gradient_blocks(
+    grad_RO: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
+) -> Tensor:
+    """Launch grad_x = grad @ weight[e] where blocks of rows share an expert."""
+    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2]), block_rows)
+    tiles = plan_blocks(expert_B, grad_RO.shape[0], config.block_m, weight_EOI.shape[0])
+    return product(grad_RO, weight_EOI, tiles, config, transposed=True)
+
+
+def weight_gradient_blocks(
+    grad_RO: Tensor,
+    x_RI: Tensor,
+    expert_B: Tensor,
+    num_experts: int,
+    block_rows: int,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """Launch the gradient to the weight where blocks of rows share an expert: sort the blocks, then sum."""
+    config = fitting(config or config_for(x_RI, x_RI.shape[1]), block_rows)
+    num_blocks = expert_B.shape[0]
+    _, ends, _, blocks = permutation_kernels.place(expert_B[:, None], num_experts, 1, num_blocks)
+    return weight_gradient(grad_RO, x_RI, ends, config, blocks, block_rows)
+
+
+def fitting(config: GemmConfig, block_rows: int) -> GemmConfig:
+    """Return `config` with tiles that divide blocks of `block_rows` rows."""
+    power = block_rows & -block_rows
+    return replace(config, block_m=min(config.block_m, power), block_k=min(config.block_k, power))
+
+
+def plan_blocks(expert_B: Tensor, num_rows: int, block_m: int, num_experts: int) -> Tensor:
+    """Launch the plan of tiles where each block of rows names its expert."""
+    num_tiles = num_rows // block_m
+    tiles = torch.empty(1 + num_tiles, PLANNED, dtype=torch.int32, device=expert_B.device)
+    _plan_blocks[(triton.cdiv(num_tiles + 1, 1024),)](
+        expert_B, tiles, num_tiles, num_tiles // max(expert_B.shape[0], 1), num_experts,
+        BLOCK_M=block_m, TILES=1024, num_warps=4,
+    )  # fmt: skip
+    return tiles
+
+
+def product(
+    x_RK: Tensor,
+    weight: Tensor,
+    tiles: Tensor,
+    config: GemmConfig,
+    transposed: bool,
+    also: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Launch x @ weight[e].T, or x @ weight[e] if `transposed`, over planned tiles of rows.
+
+    The product of `also`, another x and weight of the same shapes, is added to it before it is rounded.
+    """
+    num_rows, width_k = x_RK.shape
+    width_n = weight.shape[2 if transposed else 1]
+    y = x_RK.new_empty(num_rows, width_n)
+    if y.numel() == 0 or width_k == 0:
+        return y.zero_()
+    others = also or (x_RK, weight)
+    mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others)
+    x_block = [config.block_m, config.block_k]
+    weight_block = [1, config.block_k, config.block_n] if transposed else [1, config.block_n, config.block_k]
+    _product[(num_programs(x_RK),)](
+        operand(x_RK, x_block, mapped), operand(weight, weight_block, mapped),
+        operand(others[0], x_block, mapped), operand(others[1], weight_block, mapped),
+        y, tiles, width_n, width_k, weight.shape[0],
+        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(x_RK),
+        **blocks_of(config),
+    )  # fmt: skip
+    return y
+
+
+def weight_gradient(
+    grad_RO: Tensor,
+    x_RI: Tensor,
+    ends_E: Tensor,
+    config: GemmConfig | None = None,
+    blocks: Tensor | None = None,
+    block_rows: int = 0,
+) -> Tensor:
+    """Launch grad_weight[e] = grad[rows of e].T @ x[rows of e].
+
+    With `blocks`, `ends_E` counts blocks of `block_rows` rows (a multiple of block_k), and `blocks` says which they are.
+    """
+    (num_rows, out), width = grad_RO.shape, x_RI.shape[1]
+    config = config or config_for(x_RI, width)
+    gradient = x_RI.new_empty(ends_E.shape[0], out, width)
+    if gradient.numel() == 0 or num_rows == 0:
+        return gradient.zero_()
+    mapped = config.tensor_map and takes_tensor_map(grad_RO, x_RI)
+    _weight_gradient[(num_programs(x_RI),)](
+        operand(grad_RO, [config.block_k, config.block_m], mapped),
+        operand(x_RI, [config.block_k, config.block_n], mapped),
+        gradient, ends_E, ends_E if blocks is None else blocks, num_rows, out, width, ends_E.shape[0],
+        BLOCK_ROWS=block_rows, TENSOR_MAP=mapped, PRECISION=dot_precision(x_RI), **blocks_of(config),
+    )  # fmt: skip
+    return gradient
+
+
+def operand(x: Tensor, block: list[int], mapped: bool) -> Any:
+    """Return `x` as a kernel takes it: a description of its blocks for the copy engine, or a pointer."""
+    return TensorDescriptor.from_tensor(x, block) if mapped else x
+
+
+def blocks_of(config: GemmConfig) -> dict[str, int]:
+    """Return the constants of a kernel that `config` sets."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+@triton.jit(do_not_specialize=["num_rows", "most"])
+def _plan(
+    ends_ptr, tiles_ptr, num_rows, most, num_experts, BINS: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr
+):
+    """List the tiles of one expert; the expert past the last has the rows that belong to nobody."""
+    expert = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    end = tl.minimum(tl.load(ends_ptr + bins, mask=bins < num_experts, other=num_rows), num_rows)
+    start = tl.minimum(tl.load(ends_ptr + bins - 1, mask=(bins > 0) & (bins <= num_experts), other=0), num_rows)
+    counts = tl.where(bins <= num_experts, tl.cdiv(tl.maximum(end - start, 0), BLOCK_M), 0)
+    before = tl.sum(tl.where(bins < expert, counts, 0), 0)
+    count = tl.sum(tl.where(bins == expert, counts, 0), 0)
+    first_row = tl.sum(tl.where(bins == expert, start, 0), 0)
+    end_row = tl.sum(tl.where(bins == expert, end, 0), 0)
+    for index in range(0, count, TILES):
+        tile = index + tl.arange(0, TILES)
+        inside = (tile < count) & (before + tile < most)
+        entry = tiles_ptr + (1 + before + tile) * 4
+        tl.store(entry, tl.full((TILES,), 0, tl.int32) + expert, mask=inside)
+        tl.store(entry + 1, first_row + tile * BLOCK_M, mask=inside)
+        tl.store(entry + 2, tl.full((TILES,), 0, tl.int32) + end_row, mask=inside)
+    if expert == num_experts:
+        tl.store(tiles_ptr, tl.minimum(before + count, most))
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _plan_blocks(experts_ptr, tiles_ptr, num_tiles, tiles_a_block, num_experts, BLOCK_M: tl.constexpr, TILES: tl.constexpr):
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    inside = tile < num_tiles
+    expert = tl.load(experts_ptr + tile // tiles_a_block, mask=inside, other=-1)
+    expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts)
+    entry = tiles_ptr + (1 + tile) * 4
+    tl.store(entry, expert, mask=inside)
+    tl.store(entry + 1, tile * BLOCK_M, mask=inside)
+    tl.store(entry + 2, (tile + 1) * BLOCK_M, mask=inside)
+    if tl.program_id(0) == 0:
+        tl.store(tiles_ptr, num_tiles)
+
+
+@triton.jit
+def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return (tile of rows, tile of columns) of the index-th tile: GROUP_M tiles of rows, column by column."""
+    together = GROUP_M * tiles_n
+    first = index // together * GROUP_M
+    rows = tl.minimum(tiles_m - first, GROUP_M)
+    within = index % together
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def rows_block(
+    x, rows, row, end, k, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN: tl.constexpr
+):
+    """Load x[row : row + ROWS, k : k + COLUMNS]; through pointers, rows from `end` on are zeros."""
+    if TENSOR_MAP:
+        block = x.load([row, k])
+    else:
+        column = k + tl.arange(0, COLUMNS)
+        mask = (rows < end)[:, None] if EVEN else (rows < end)[:, None] & (column < width)[None, :]
+        block = tl.load(x + rows.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
+    return block
+
+
+@triton.jit
+def weight_block(
+    weight, expert, n, k, width_n, width_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr,
+):  # fmt: skip
+    """Load a block of weight[expert], (N, K) or if TRANSPOSED (K, N), as (BLOCK_K, BLOCK_N); zeros outside."""
+    if TENSOR_MAP:
+        if TRANSPOSED:
+            block = weight.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            block = weight.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    else:
+        column, step = (n + tl.arange(0, BLOCK_N))[None, :], (k + tl.arange(0, BLOCK_K))[:, None]
+        at = step * width_n + column if TRANSPOSED else column * width_k + step
+        start = expert.to(tl.int64) * width_n * width_k
+        block = tl.load(weight + start + at, mask=(column < width_n) & (step < width_k), other=0.0)
+    return block
+
+
+@triton.jit
+def _product(
+    x, weight, other_x, other_weight, y_ptr, tiles_ptr, width_n, width_k, num_experts,
+    PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tiles_m = tl.load(tiles_ptr)
+    tiles_n = tl.cdiv(width_n, BLOCK_N)
+    for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        entry = tiles_ptr + (1 + tile) * 4
+        expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        rows = row + tl.arange(0, BLOCK_M)
+        steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for step in range(steps):
+            k = step * BLOCK_K
+            a = rows_block(x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+            b = weight_block(
+                weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
+            )
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        if PAIR:
+            for step in range(steps):
+                k = step * BLOCK_K
+                a = rows_block(other_x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+                b = weight_block(
+                    other_weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
+                )
+                total = tl.dot(a, b, total, input_precision=PRECISION)
+        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (rows < end)[:, None] & (column < width_n)[None, :]
+        at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
+        tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _weight_gradient(
+    grad, x, gradient_ptr, ends_ptr, blocks_ptr, num_rows, out, width, num_experts,
+    BLOCK_ROWS: tl.constexpr, TENSOR_MAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Sum over rows. The tiles of an expert are neighbours, so that even one hot expert spreads over all programs."""
+    tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
+    for index in range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
+        expert = index // (tiles_m * tiles_n)
+        m, n = tile_at(index % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+        m, n = m * BLOCK_M, n * BLOCK_N
+        start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+        end = tl.load(ends_ptr + expert)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if BLOCK_ROWS:
+            steps: tl.constexpr = BLOCK_ROWS // BLOCK_K
+            for step in range(start * steps, end * steps):
+                row = tl.load(blocks_ptr + step // steps) * BLOCK_ROWS + step % steps * BLOCK_K
+                rows = row + tl.arange(0, BLOCK_K)
+                a = rows_block(grad, rows, row, num_rows, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
+                b = rows_block(x, rows, row, num_rows, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
+                total = tl.dot(a.T, b, total, input_precision=PRECISION)
+        else:
+            end = tl.minimum(end, num_rows)
+            whole = start + tl.maximum(end - start, 0) // BLOCK_K * BLOCK_K
+            for row in range(start, whole, BLOCK_K):
+                rows = row + tl.arange(0, BLOCK_K)
+                a = rows_block(grad, rows, row, end, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
+                b = rows_block(x, rows, row, end, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
+                total = tl.dot(a.T, b, total, input_precision=PRECISION)
+            if whole < end:  # the rows after `end` are another's, or hold NaN
+                rows = whole + tl.arange(0, BLOCK_K)
+                a = rows_block(grad, rows, whole, end, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
+                b = rows_block(x, rows, whole, end, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
+                a = tl.where((rows < end)[:, None], a, 0.0)
+                b = tl.where((rows < end)[:, None], b, 0.0)
+                total = tl.dot(a.T, b, total, input_precision=PRECISION)
+        row, column = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+        at = expert.to(tl.int64) * out * width + row[:, None] * width + column[None, :]
+        inside = (row < out)[:, None] & (column < width)[None, :]
+        tl.store(gradient_ptr + at, total.to(gradient_ptr.dtype.element_ty), mask=inside)
