@@ -18,7 +18,12 @@ from titan_kernels.launch import runs_triton
 
 def contiguous_grouped_linear(x_RI: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int = 128) -> Tensor:
     """Return y_RO; x and weight have one dtype. `expert_B` is int32; `block_rows` is a multiple of 16."""
-    if x_RI.dim() != 2 or weight_EOI.dim() != 3 or x_RI.shape[1] != weight_EOI.shape[2] or x_RI.dtype != weight_EOI.dtype:
+    if (
+        x_RI.dim() != 2
+        or weight_EOI.dim() != 3
+        or x_RI.shape[1] != weight_EOI.shape[2]
+        or x_RI.dtype != weight_EOI.dtype
+    ):
         raise ValueError(
             "contiguous_grouped_linear() takes x (rows, in) and weight (experts, out, in) of one dtype; got "
             f"{tuple(x_RI.shape)} of {x_RI.dtype} and {tuple(weight_EOI.shape)} of {weight_EOI.dtype}"

@@ -231,7 +231,9 @@ def _plan(
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def _plan_blocks(experts_ptr, tiles_ptr, num_tiles, tiles_a_block, num_experts, BLOCK_M: tl.constexpr, TILES: tl.constexpr):
+def _plan_blocks(
+    experts_ptr, tiles_ptr, num_tiles, tiles_a_block, num_experts, BLOCK_M: tl.constexpr, TILES: tl.constexpr
+):
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     inside = tile < num_tiles
     expert = tl.load(experts_ptr + tile // tiles_a_block, mask=inside, other=-1)
@@ -305,9 +307,7 @@ def _product(
         for step in range(steps):
             k = step * BLOCK_K
             a = rows_block(x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
-            b = weight_block(
-                weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
-            )
+            b = weight_block(weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP)
             total = tl.dot(a, b, total, input_precision=PRECISION)
         if PAIR:
             for step in range(steps):

@@ -223,9 +223,7 @@ def _unpermute_gradients(
 
 
 @_unpermute_gradients.register_fake
-def _(
-    grad_TD: Tensor, rows_RD: Tensor, row_TK: Tensor, source_R: Tensor, weights_TK: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(grad_TD: Tensor, rows_RD: Tensor, row_TK: Tensor, source_R: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rows_RD), torch.empty_like(weights_TK)
 
 

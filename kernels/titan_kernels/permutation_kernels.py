@@ -175,9 +175,7 @@ def _combine(
         else:
             total += values.to(tl.float32)
     inside = (token < num_tokens)[:, None] & (column < width)
-    tl.store(
-        x_ptr + token.to(tl.int64)[:, None] * width + column, total.to(x_ptr.dtype.element_ty), mask=inside
-    )
+    tl.store(x_ptr + token.to(tl.int64)[:, None] * width + column, total.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_assignments"])

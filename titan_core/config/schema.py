@@ -187,8 +187,8 @@ class Training:
     """Only deterministic algorithms."""
     debug_moe_force_load_balance: bool = False
     """Send every expert the same number of tokens."""
-    expert_backend: Literal["auto", "loop", "grouped_mm"] = "auto"
-    """How products of many experts are formed: one by one, or by torch's grouped product."""
+    expert_backend: Literal["auto", "titan", "grouped_mm", "loop"] = "auto"
+    """How products of many experts are formed: by titan's kernels, by torch's grouped product, or one by one."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and stop cleanly after this time."""
 

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from titan_kernels.permutation import Placement, permute, place, unpermute
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from titan_core.declare.sharding import Sharding, matches
-from titan_core.nn import experts
 from titan_core.nn.planning import planning
 from titan_core.parallel.exchange import AllToAllUneven, Gather, Scatter, all_gather, all_reduce, all_to_all
 from titan_core.parallel.mesh import Mesh
@@ -81,15 +81,15 @@ def count_whole_sequences(model: nn.Module, sharding: Sharding, group: ProcessGr
 
 def _sent(module: Any, group: ProcessGroup, size: int) -> Callable[..., Tensor]:
     def around(forward: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
-        rows = experts.sort(chosen_NK, module.w1.weight.shape[0] * size)
-        mine_PL = rows.ends_E.diff(prepend=rows.ends_E.new_zeros(1)).view(size, -1)
+        placement = place(chosen_NK, module.w1.weight.shape[0] * size)
+        mine_PL = placement.counts_E.view(size, -1)
         theirs_PL = all_to_all(mine_PL, group)
-        sent, received = _numbers(mine_PL, theirs_PL, rows.order_R.shape[0])
-        x_RD = AllToAllUneven.apply(experts.Gather.apply(x_ND, rows), sent, received, group)
+        sent, received = _numbers(mine_PL, theirs_PL, chosen_NK.numel())
+        x_RD = AllToAllUneven.apply(permute(x_ND, placement), sent, received, group)
         every_L = torch.arange(mine_PL.shape[1], device=x_RD.device)
         whose_R = every_L.repeat(size).repeat_interleave(theirs_PL.flatten(), output_size=sum(received))
-        y_RD = forward(x_RD, whose_R[:, None], None)
-        return experts.combine(AllToAllUneven.apply(y_RD, received, sent, group), rows, weights_NK)
+        y_RD = AllToAllUneven.apply(forward(x_RD, whose_R[:, None], None), received, sent, group)
+        return unpermute(y_RD, placement, weights_NK)
 
     return around
 
@@ -108,18 +108,19 @@ def _gathered(module: Any, group: ProcessGroup, size: int, rank: int, capacity: 
     def around(_: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
         held = module.w1.weight.shape[0]
         x_AD = Gather.apply(x_ND, 0, group)
-        local_AK = all_gather(chosen_NK, 0, group) - rank * held
-        local_AK = local_AK.where((local_AK >= 0) & (local_AK < held), held)  # those of others come last
-        rows = experts.sort(local_AK, held + 1)
+        weights_AK = None if weights_NK is None else Gather.apply(weights_NK, 0, group)
+        local_AK = all_gather(chosen_NK, 0, group) - rank * held  # those of others are dropped
         room = min(local_AK.numel(), math.ceil(capacity * chosen_NK.numel()))
-        ends_L = rows.ends_E[:held]
-        module.get_buffer(DROPPED).add_((ends_L[-1] - room).clamp(min=0))
-        order_R = rows.order_R[:room]
-        token_R = order_R // chosen_NK.shape[1]
-        y_RD = module.mlp(x_AD[token_R], ends_L.clamp(max=room)).float()
-        if weights_NK is not None:
-            y_RD = y_RD * Gather.apply(weights_NK, 0, group).flatten()[order_R].unsqueeze(-1)
-        y_AD = torch.zeros_like(x_AD, dtype=torch.float32).index_add(0, token_R, y_RD)
-        return Scatter.apply(y_AD, 0, group).to(x_ND.dtype)
+        placement, lost = _within(place(local_AK, held), room)
+        module.get_buffer(DROPPED).add_(lost)
+        y_RD = module.mlp(permute(x_AD, placement), placement.ends_E)
+        return Scatter.apply(unpermute(y_RD, placement, weights_AK), 0, group)
 
     return around
+
+
+def _within(placement: Placement, room: int) -> tuple[Placement, Tensor]:
+    """Return the first `room` rows of a placement, and how many rows that are somebody's were lost."""
+    counts_E, ends_E, row_TK, source_R = placement
+    kept = Placement(counts_E, ends_E.clamp(max=room), row_TK.where(row_TK < room, -1), source_R[:room])
+    return kept, (ends_E[-1] - room).clamp(min=0)

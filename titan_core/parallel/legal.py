@@ -8,6 +8,7 @@ from typing import Any
 from titan_core.config.layout import Layout
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
+from titan_core.estimation.memory import BYTES
 from titan_core.parallel import stages
 from titan_core.runtime.errors import Problem, UsageError
 
@@ -19,6 +20,7 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_context(config, layout, family, sizes),
         *_pipeline(config, layout, family, sizes),
         *_experts(config, layout, family, sizes),
+        *_products(config, family, sizes),
         *_backend(config, layout),
     ]
 
@@ -125,6 +127,20 @@ def _experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
     if (count // layout.ep) % shards and any(shape[1] // layout.expert_tp % shards for shape in shapes):
         message = f"{count // layout.ep} experts a rank, {shapes[0][1]} wide, do not divide over {shards} shards"
         yield Problem(key, message, tip=f"raise it to {min(count, layout.ep * shards)}")
+
+
+def _products(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:
+    key, backend = "training.expert_backend", config.training.expert_backend
+    if backend == "loop" and config.compile.enable and "model" in config.compile.components:
+        yield Problem(key, "the compiler cannot see through a `loop` over experts", tip="use `titan`, or `auto`")
+    if backend == "grouped_mm":
+        unit = 16 // BYTES[config.training.mixed_precision_param]
+        odd = [p for p in family.parameters(sizes) if p.role == "expert" and any(n % unit for n in p.shape[1:])]
+        if odd:
+            message = (
+                f"{odd[0].name} is {odd[0].shape[1]} x {odd[0].shape[2]}, and `grouped_mm` wants multiples of {unit}"
+            )
+            yield Problem(key, message, tip="use `titan`, or `auto`")
 
 
 def _backend(config: Config, layout: Layout) -> Iterator[Problem]:

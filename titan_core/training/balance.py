@@ -19,6 +19,7 @@ from titan_core.config.schema import Config
 from titan_core.declare.family import Family
 from titan_core.nn.experts import GroupedLinear, choose_backend
 from titan_core.nn.moe import Router
+from titan_core.parallel.data_parallel import DTYPES
 from titan_core.parallel.expert import DROPPED
 from titan_core.parallel.mesh import Mesh
 from titan_core.runtime.errors import RunFailed
@@ -124,8 +125,8 @@ def set_backend(model: nn.Module, config: Config, device: torch.device) -> list[
     layers = [m for m in model.modules() if isinstance(m, GroupedLinear)]
     if not layers:
         return []
-    widths = {size for layer in layers for size in layer.weight.shape[1:]}
-    backend, why = choose_backend(config.training.expert_backend, device.type, widths, compiled=config.compile.enable)
+    dtype = DTYPES[config.training.mixed_precision_param]
+    backend, why = choose_backend(config.training.expert_backend, device.type, dtype)
     for layer in layers:
         layer.backend = backend
     return [f"experts by {backend} ({why})"]
