@@ -147,7 +147,7 @@ def _files(config: Config) -> Iterator[Problem]:
         except (ImportError, ValueError):
             found = None
         if found is None:
-            message = f"no Python module `{config.experimental.custom_import}`"
+            message = f"no Python module `{shown(config.experimental.custom_import)}`"
             yield Problem("experimental.custom_import", message, tip="is it installed, or in the working folder?")
     if config.profiling.enable_profiling:
         needed = config.profiling.profiler_active + config.profiling.profiler_warmup
