@@ -12,8 +12,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from titan_kernels.expert_mlp import expert_mlp, routed_mlp
 from titan_kernels.grouped_gemm import grouped_linear, reference_grouped_linear
-from titan_kernels.permutation import permute, place, unpermute
+from titan_kernels.permutation import Placement, permute, place, unpermute
 from torch import Tensor, nn
 
 from titan_core.nn import ops
@@ -22,18 +23,16 @@ Backend = Literal["titan", "grouped_mm", "loop"]
 
 
 class GroupedLinear(nn.Module):
-    """`x @ weight[e].T` for the rows of each expert e; weight (E, out, in)."""
+    """The matrices of a linear layer of each expert; weight (E, out, in)."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.compute_dtype: torch.dtype | None = None
-        self.backend: Backend = "titan"
 
-    def forward(self, x_RI: Tensor, ends_E: Tensor) -> Tensor:
-        """Map (R, in) to (R, out): expert e has the rows from `ends_E[e - 1]` to `ends_E[e]` (int32)."""
-        dtype = self.compute_dtype or self.weight.dtype
-        return multiply(x_RI.to(dtype), self.weight.to(dtype), ends_E, self.backend)
+    def forward(self) -> Tensor:
+        """Return the weights (E, out, in) in the dtype to compute in."""
+        return self.weight if self.compute_dtype is None else self.weight.to(self.compute_dtype)
 
 
 class Experts(nn.Module):
@@ -44,16 +43,35 @@ class Experts(nn.Module):
         self.w1 = GroupedLinear(num_experts, dim, width)
         self.w2 = GroupedLinear(num_experts, width, dim)
         self.w3 = GroupedLinear(num_experts, dim, width)
+        self.backend: Backend = "titan"
+
+    @property
+    def held(self) -> int:
+        """Number of experts that are at hand."""
+        return self.w1.weight.shape[0]
 
     def forward(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
-        """Return for each token the sum of what its experts give, by weight where there are weights; (N, D)."""
-        placement = place(chosen_NK, self.w1.weight.shape[0])
-        out_RD = self.mlp(permute(x_ND, placement), placement.ends_E)
-        return unpermute(out_RD, placement, weights_NK)
+        """Return for each token the sum of what its experts give, by weight where there are weights; (N, D).
+
+        What is chosen and not at hand gives nothing.
+        """
+        return self.visit(x_ND, place(chosen_NK, self.held), weights_NK)
+
+    def visit(self, x_ND: Tensor, placement: Placement, weights_NK: Tensor | None) -> Tensor:
+        """Return the sums for tokens whose rows are placed."""
+        w1, w2, w3 = self.w1(), self.w2(), self.w3()
+        if weights_NK is not None and self.backend == "titan":
+            return routed_mlp(x_ND.to(w1.dtype), placement, weights_NK, w1, w3, w2)
+        return unpermute(self.mlp(permute(x_ND, placement), placement.ends_E), placement, weights_NK)
 
     def mlp(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Map rows that are sorted by expert, (R, D) to (R, D)."""
-        return self.w2(ops.swiglu(self.w1(x_RD, ends_E), self.w3(x_RD, ends_E)), ends_E)
+        """Map rows that are sorted by expert, (R, D) to (R, D): those of expert e end at `ends_E[e]` (int32)."""
+        w1, w2, w3 = self.w1(), self.w2(), self.w3()
+        x_RD = x_RD.to(w1.dtype)
+        if self.backend == "titan":
+            return expert_mlp(x_RD, w1, w3, w2, ends_E)
+        gate, up = (multiply(x_RD, weight, ends_E, self.backend) for weight in (w1, w3))
+        return multiply(ops.swiglu(gate, up), w2, ends_E, self.backend)
 
 
 def multiply(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:

@@ -81,7 +81,7 @@ def count_whole_sequences(model: nn.Module, sharding: Sharding, group: ProcessGr
 
 def _sent(module: Any, group: ProcessGroup, size: int) -> Callable[..., Tensor]:
     def around(forward: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
-        placement = place(chosen_NK, module.w1.weight.shape[0] * size)
+        placement = place(chosen_NK, module.held * size)
         mine_PL = placement.counts_E.view(size, -1)
         theirs_PL = all_to_all(mine_PL, group)
         sent, received = _numbers(mine_PL, theirs_PL, chosen_NK.numel())
@@ -106,15 +106,14 @@ def _numbers(mine_PL: Tensor, theirs_PL: Tensor, rows: int) -> tuple[list[int], 
 
 def _gathered(module: Any, group: ProcessGroup, size: int, rank: int, capacity: float) -> Callable[..., Tensor]:
     def around(_: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
-        held = module.w1.weight.shape[0]
+        held = module.held
         x_AD = Gather.apply(x_ND, 0, group)
         weights_AK = None if weights_NK is None else Gather.apply(weights_NK, 0, group)
         local_AK = all_gather(chosen_NK, 0, group) - rank * held  # those of others are dropped
         room = min(local_AK.numel(), math.ceil(capacity * chosen_NK.numel()))
         placement, lost = _within(place(local_AK, held), room)
         module.get_buffer(DROPPED).add_(lost)
-        y_RD = module.mlp(permute(x_AD, placement), placement.ends_E)
-        return Scatter.apply(unpermute(y_RD, placement, weights_AK), 0, group)
+        return Scatter.apply(module.visit(x_AD, placement, weights_AK), 0, group)
 
     return around
 

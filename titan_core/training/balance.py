@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from titan_core.config.layout import Layout
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
-from titan_core.nn.experts import GroupedLinear, choose_backend
+from titan_core.nn.experts import Experts, choose_backend
 from titan_core.nn.moe import Router
 from titan_core.parallel.data_parallel import DTYPES
 from titan_core.parallel.expert import DROPPED
@@ -122,7 +122,7 @@ def _penalty_scale(layout: Layout, global_batch: int) -> float:
 
 def set_backend(model: nn.Module, config: Config, device: torch.device) -> list[str]:
     """Choose how products of experts are formed, and say so."""
-    layers = [m for m in model.modules() if isinstance(m, GroupedLinear)]
+    layers = [m for m in model.modules() if isinstance(m, Experts)]
     if not layers:
         return []
     dtype = DTYPES[config.training.mixed_precision_param]
