@@ -18,11 +18,11 @@ from titan_kernels.launch import architecture, dot_precision, num_programs, take
 # accumulators and the backward tile reads gate and up beside its own, so both are half as wide as a plain product's.
 CONFIGS = {
     (8, 2): GemmConfig(128, 64, 64, num_warps=8, num_stages=3),
-    (8, 4): GemmConfig(64, 64, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (8, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
     (9, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
-    (9, 4): GemmConfig(64, 64, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (9, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
     (10, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
-    (10, 4): GemmConfig(64, 64, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (10, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
 }
 
 
@@ -203,21 +203,40 @@ def _gate_gradient(
             a = rows_block(grad, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
             b = weight_block(w2, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, True, TENSOR_MAP)
             total = tl.dot(a, b, total, input_precision=PRECISION)
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (column < width_n)[None, :]
-        at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
-        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        hidden = silu * up
+        weight = tl.full((BLOCK_M,), 1.0, tl.float32)
         if WEIGHTED:
-            products = tl.where(inside, total * hidden, 0.0)
-            tl.store(partial_ptr + rows.to(tl.int64) * tiles_n + n, tl.sum(products, 1), mask=rows < end)
-            weight = tl.load(weights_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)[:, None]
-            total *= weight
-            hidden *= weight
-        dtype = hidden_ptr.dtype.element_ty
-        tl.store(hidden_ptr + at, hidden.to(dtype), mask=inside)
-        tl.store(grad_up_ptr + at, (total * silu).to(dtype), mask=inside)
-        tl.store(grad_gate_ptr + at, (total * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+            weight = tl.load(weights_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)
+        # A half at a time: six values an element of the whole tile do not fit in registers (1.6 kB spilt a thread).
+        halves = total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1)
+        left, right = halves.split()
+        column = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        products = _gate_gradient_at(
+            left, rows, column, end, weight, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, width_n
+        )
+        products += _gate_gradient_at(
+            right, rows, column + BLOCK_N // 2, end, weight,
+            gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, width_n,
+        )  # fmt: skip
+        if WEIGHTED:
+            tl.store(partial_ptr + rows.to(tl.int64) * tiles_n + n, products, mask=rows < end)
+
+
+@triton.jit
+def _gate_gradient_at(
+    grad, rows, column, end, weight, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, width_n
+):
+    """Write what follows from the gradient to some columns of hidden rows; return its products with those, summed."""
+    inside = (rows < end)[:, None] & (column < width_n)[None, :]
+    at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
+    dtype = hidden_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    hidden = silu * up
+    products = tl.sum(tl.where(inside, grad * hidden, 0.0), 1)
+    tl.store(hidden_ptr + at, (hidden * weight[:, None]).to(dtype), mask=inside)
+    grad *= weight[:, None]
+    tl.store(grad_up_ptr + at, (grad * silu).to(dtype), mask=inside)
+    tl.store(grad_gate_ptr + at, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+    return products

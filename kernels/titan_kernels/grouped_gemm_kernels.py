@@ -41,11 +41,11 @@ class GemmConfig:
 # fp32 goes through the ordinary units; fed by the copy engine it spilt 5.7 kB a thread (Triton 3.8, sm_90).
 CONFIGS = {
     (8, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    (8, 4): GemmConfig(64, 128, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (8, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
     (9, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
-    (9, 4): GemmConfig(64, 128, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (9, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
     (10, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
-    (10, 4): GemmConfig(64, 128, 32, num_warps=8, num_stages=3, tensor_map=False),
+    (10, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
 }
 PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
 

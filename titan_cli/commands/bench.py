@@ -1,4 +1,4 @@
-"""`titan bench`: how fast, and beside whom."""
+"""`titan bench`: how fast, and beside whom. The kernels' commands are in `bench_kernels`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import dataclasses
 
 import typer
 
+from titan_cli.commands import bench_kernels
 from titan_cli.context import no_flags, output_of
 from titan_core.runtime.errors import UsageError
 
 app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
-    help="Measure speed beside other programs.",
-    epilog="\b\nExample:\n  titan bench train --peer transformers=/path/to/venv/bin/python",
+    help="Measure kernels, collectives, training steps and saves, beside other programs.",
+    epilog="\b\nExamples:\n  titan bench moe-gemm --shapes deepseek-v3\n  titan bench all --json > bench.json\n"
+    "  titan bench train --peer transformers=/path/to/venv/bin/python\n\n"
+    "Every kernel is compared with an fp64 reference first; what is wrong is never timed.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -21,6 +24,10 @@ app = typer.Typer(
 @app.callback()
 def _group() -> None:
     """Measure speed beside other programs."""
+
+
+for _name, (_function, _example) in bench_kernels.COMMANDS.items():
+    app.command(_name, epilog=f"\b\nExample:\n  {_example}")(_function)
 
 
 @app.command(

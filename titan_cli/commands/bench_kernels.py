@@ -1,0 +1,273 @@
+"""`titan bench moe-gemm` and the like: kernels beside their peers, right first, then timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import TYPE_CHECKING
+
+import typer
+
+from titan_cli.context import no_flags, output_of, words_of
+from titan_cli.output import Output
+from titan_core.jobs.bench.request import DTYPES, PASSES, PRESETS, Request, read_list, read_shapes
+from titan_core.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from titan_core.jobs.bench.case import Row
+    from titan_core.jobs.bench.collectives import CollectiveReport
+    from titan_core.jobs.bench.run import Report
+
+_BACKEND = typer.Option("all", metavar="NAMES", help="all, or names with commas between them, e.g. titan,loop.")
+_PLOT = typer.Option(None, metavar="FILE", help="Draw the result into a .png, .svg or .pdf.")
+_SEED = typer.Option(None, min=0, help="Draws the inputs; a new one each time if not given.")
+_SHAPES = typer.Option(
+    ["deepseek-v3"], metavar="SHAPES", help=f"{', '.join(PRESETS)}, or rows,out,in,groups. Repeatable."
+)
+_DTYPE = typer.Option("bf16", metavar="|".join(DTYPES), help="bf16, or fp8 with scales of blocks.")
+_SKEW = typer.Option(0.0, min=0.0, max=1.0, metavar="0..1", help="0: experts share the rows; 1: one has all.")
+
+
+def moe_gemm(
+    ctx: typer.Context,
+    shapes: list[str] = _SHAPES,
+    dtype: str = _DTYPE,
+    backend: str = _BACKEND,
+    passes: str = typer.Option("fwd,dx,dw", "--pass", metavar="PASSES", help="Some of fwd, dx, dw."),
+    imbalance: float = _SKEW,
+    seed: int | None = _SEED,
+    plot: str | None = _PLOT,
+) -> None:
+    """Grouped matmuls of experts.
+
+    Beside them torch's grouped_mm, one matmul an expert, and DeepGEMM where it is installed.
+    """
+    request = Request(
+        shapes=read_shapes(shapes),
+        dtype=_dtype(dtype),
+        passes=read_list("--pass", passes, PASSES),
+        imbalance=imbalance,
+    )
+    _run(ctx, ["moe-gemm"], request, backend, seed, plot)
+
+
+def moe_layer(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """Whole layers of experts.
+
+    Placement, gather, gate, products and weighted sum, beside the same from torch's grouped_mm. Without the router.
+    """
+    _run(ctx, ["moe-layer"], Request(), backend, seed, plot)
+
+
+def permute(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """Rows to their experts and back.
+
+    Placement, permute and unpermute, beside a sort, a gather and a sum by torch.
+    """
+    _run(ctx, ["permute"], Request(), backend, seed, plot)
+
+
+def quant(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """Cast to float8 with scales of blocks."""
+    _run(ctx, ["quant"], Request(), backend, seed, plot)
+
+
+def fused_ce(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """Output head and cross-entropy in one.
+
+    Loss and gradients, beside what training uses, torch eager and compiled, and Liger where it is installed.
+    """
+    _run(ctx, ["fused-ce"], Request(), backend, seed, plot)
+
+
+def pointwise(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """RMSNorm, rotary embedding, SwiGLU.
+
+    Forward and backward, beside torch eager and compiled.
+    """
+    _run(ctx, ["pointwise"], Request(), backend, seed, plot)
+
+
+def attention(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """Causal attention.
+
+    What titan picks, beside flash, cuDNN, memory-efficient and flex attention.
+    """
+    _run(ctx, ["attention"], Request(), backend, seed, plot)
+
+
+def everything(
+    ctx: typer.Context,
+    shapes: list[str] = _SHAPES,
+    imbalance: float = _SKEW,
+    seed: int | None = _SEED,
+    plot: str | None = _PLOT,
+) -> None:
+    """All of the kernels above."""
+    names = ["moe-gemm", "moe-layer", "permute", "quant", "fused-ce", "pointwise", "attention"]
+    _run(ctx, names, Request(shapes=read_shapes(shapes), imbalance=imbalance), "all", seed, plot)
+
+
+def collectives(
+    ctx: typer.Context,
+    nproc: str | None = typer.Option(None, metavar="N", help="Ranks on this host; default: one a GPU, else 2."),
+    nnodes: int = typer.Option(1, min=1, metavar="N", help="Hosts of the job."),
+    node_rank: int = typer.Option(0, min=0, metavar="N", help="Number of this host."),
+    rdzv: str | None = typer.Option(None, metavar="HOST:PORT", help="Address of host 0, for several hosts."),
+    largest: int = typer.Option(64, min=1, max=16384, metavar="MIB", help="Size to end at, in MiB."),
+    device: str | None = typer.Option(None, help="cpu or cuda."),
+) -> None:
+    """Bandwidth between ranks, by size.
+
+    all_gather, reduce_scatter, all_to_all, all_reduce, and rows to experts, over NCCL on GPUs and gloo on CPUs.
+    """
+    no_flags(ctx)
+    from titan_cli import launch, worker
+
+    output = output_of(ctx)
+    if device not in (None, "cpu", "cuda"):
+        raise UsageError(f"`--device` cannot be `{device}`", tip="cpu or cuda")
+    gpus = launch.count_gpus()
+    ranks = launch.Ranks.of(nproc or ("2" if gpus == 0 or device == "cpu" else str(gpus)), nnodes, node_rank, rdzv)
+    if ranks.world_size < 2:
+        raise UsageError("one rank has nobody to exchange with", tip="--nproc 2, or `--nproc 2 --device cpu`")
+    if ranks.must_spawn:
+        raise typer.Exit(launch.spawn(ranks, 10.0, output, words_of(ctx)))
+    from titan_cli.display import Display
+    from titan_core.jobs.bench import collectives as job
+    from titan_core.runtime import distributed
+
+    with Display(output) as display, worker.worker_listener(display) as listener:
+        world = distributed.start(device=device)
+        try:
+            report = job.run(world, largest=largest << 20, listener=listener)
+        finally:
+            distributed.stop()
+    if worker.is_main_rank():
+        output.result(_collectives_table(report), **dataclasses.asdict(report))
+
+
+COMMANDS = {
+    "moe-gemm": (moe_gemm, "titan bench moe-gemm --shapes qwen3-30b --imbalance 0.5\n  titan bench moe-gemm --shapes "
+                 "8192,4096,7168,8 --pass fwd,dw --json"),
+    "moe-layer": (moe_layer, "titan bench moe-layer"),
+    "permute": (permute, "titan bench permute"),
+    "quant": (quant, "titan bench quant"),
+    "fused-ce": (fused_ce, "titan bench fused-ce --backend titan,compile"),
+    "pointwise": (pointwise, "titan bench pointwise --plot pointwise.png"),
+    "attention": (attention, "titan bench attention"),
+    "collectives": (collectives, "titan bench collectives --nproc 8 --largest 1024"),
+    "all": (everything, "titan bench all --json > bench.json"),
+}  # fmt: skip
+
+
+def _dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise UsageError(f"`--dtype` cannot be `{dtype}`", tip="one of " + ", ".join(DTYPES))
+    return dtype
+
+
+def _run(
+    ctx: typer.Context, names: list[str], request: Request, backend: str, seed: int | None, plot: str | None
+) -> None:
+    no_flags(ctx)
+    output = output_of(ctx)
+    backends = () if backend == "all" else tuple(word.strip() for word in backend.split(",") if word.strip())
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    request = dataclasses.replace(request, backends=backends, seed=seed)
+    if plot is not None:
+        from titan_core.jobs.bench.plot import check
+
+        check(plot)
+    from titan_cli.display import Display
+    from titan_core.jobs.bench import run as job
+
+    with Display(output) as display:
+        report = job.run(names, request, listener=display)
+    if plot is not None:
+        from titan_core.jobs.bench.plot import draw
+
+        draw(report, plot)
+    data = dataclasses.asdict(report)
+    if not report.failures:
+        output.result(_table(report, output), **data)
+        return
+    output.failed_checks(_table(report, output), **data)
+    raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def _table(report: Report, output: Output) -> str:
+    blocks = [_heading(report)]
+    for operation in dict.fromkeys(row.operation for row in report.rows):
+        blocks.append(_operation([row for row in report.rows if row.operation == operation]))
+    return "\n\n".join(blocks)
+
+
+def _heading(report: Report) -> str:
+    roofline = report.roofline
+    rates = [f"{name} matmul {rate / 1e12:.4g} TFLOP/s" for name, rate in roofline.matmul.items() if rate]
+    rates.append(f"copy {roofline.copy / 1e9:.4g} GB/s")
+    lines = [
+        f"{report.device} · torch {report.torch} · triton {report.triton or 'none'} · seed {report.seed}",
+        f"measured now: {', '.join(rates)}",
+    ]
+    if roofline.peak:
+        lines[1] += f" (data sheet: {roofline.peak / 1e12:.4g} bf16)"
+    if report.reduced:
+        lines.append(
+            "no GPU: shapes are reduced, titan's kernels run as their plain references, GPU-only peers are absent"
+        )
+    return "\n".join(lines)
+
+
+def _operation(rows: list[Row]) -> str:
+    shapes = max(len("shape"), *(len(row.shape) for row in rows))
+    names = max(len("backend"), *(len(row.backend) for row in rows))
+    parts = max(len("pass"), *(len(row.part) for row in rows))
+    title = rows[0].operation + f" ({rows[0].dtype})"
+    lines = [
+        title,
+        f"{'shape':<{shapes}}  {'pass':<{parts}}  {'backend':<{names}}{'ms':>10}{'±':>8}{'TFLOP/s':>10}{'GB/s':>8}"
+        f"{'roofline':>10}{'vs titan':>10}{'error':>10}",
+    ]
+    before = ("", "")
+    for row in rows:
+        if row.verdict == "absent":
+            continue
+        case = (row.shape, row.part)
+        shown = ("", "") if case == before else (row.shape, row.part)
+        lines.append(f"{shown[0]:<{shapes}}  {shown[1]:<{parts}}  {row.backend:<{names}}{_numbers(row)}")
+        before = case
+    absent = {row.backend: row.note for row in rows if row.verdict == "absent"}
+    lines += [f"absent: {name} ({note})" for name, note in absent.items()]
+    return "\n".join(lines)
+
+
+def _numbers(row: Row) -> str:
+    if row.seconds is None or row.spread is None:
+        error = "" if row.error is None else f", error {row.error:.1e} above {row.limit:.1e}"
+        return f"  {row.verdict}: {row.note}{error}"
+    tflops = "" if row.tflops is None else f"{row.tflops:.3g}"
+    gigabytes = "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.3g}"
+    roofline = "" if row.roofline is None else f"{row.roofline:.0%}"
+    against = "" if row.against_titan is None else f"{row.against_titan:.2f}x"
+    return (
+        f"{row.seconds * 1e3:>10.4g}{row.spread * 1e3:>8.2g}{tflops:>10}{gigabytes:>8}{roofline:>10}{against:>10}"
+        f"{row.error:>10.1e}"
+    )
+
+
+def _collectives_table(report: CollectiveReport) -> str:
+    lines = [
+        f"{report.ranks} ranks · {report.backend} · {report.device}",
+        f"{'':<20}{'KiB':>10}{'ms':>10}{'bus GB/s':>10}",
+    ]
+    for row in sorted(report.rows, key=lambda row: row.name):
+        lines.append(
+            f"{row.name:<20}{row.size / 1024:>10.0f}{row.seconds * 1e3:>10.4g}{row.bus_gigabytes_per_second:>10.3g}"
+        )
+    lines += [f"absent: {name} ({reason})" for name, reason in report.absent.items()]
+    return "\n".join(lines)
