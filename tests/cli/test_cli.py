@@ -143,7 +143,9 @@ MISTAKES = {
     ),
     "not supported": (["train", "--optimizer.early_step_in_backward"], 2, "early_step_in_backward = true"),
     "experts that are not there": (
-        ["train", "--nproc", "2", "--parallelism.expert_parallel_degree", "2"], 2, "no experts to split over 2 ranks"
+        ["train", "--nproc", "2", "--parallelism.expert_parallel_degree", "2"],
+        2,
+        "no experts to split over 2 ranks",
     ),
     "pieces of a sequence": (
         ["train", "--nproc", "2", "--parallelism.tensor_parallel_degree", "2", "--training.seq_len", "255"],

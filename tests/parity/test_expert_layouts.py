@@ -9,6 +9,7 @@ import pytest
 
 from tests.parity.layouts import Seen, assert_same, first_steps
 from tests.parity.test_layouts import KEYS, ranks_of, settings_of
+from tests.ranks import RankFailed
 from tests.runs import tiny
 from titan_core.config.layout import Layout
 from titan_core.models import resolve
@@ -52,6 +53,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "expert": {"dp": 2, "ep": 2},
     "expert 4": {"dp": 4, "ep": 4},
     "expert, gathered": {"dp": 2, "ep": 2, "by": "allgather", "room": 8},
+    "expert, pulled": {"dp": 2, "ep": 2, "by": "symmetric", "room": 8},
+    "expert over tensor, pulled": {"dp": 2, "tp": 2, "ep": 4, "by": "symmetric", "room": 8},
     "expert x fsdp": {"dp": 4, "ep": 2},
     "expert x hsdp": {"rep": 2, "dp": 2, "ep": 2},
     "expert x tensor": {"dp": 2, "tp": 2, "ep": 2, "etp": 2},
@@ -85,7 +88,14 @@ def test_experts_on_layouts(layout: str, tmp_path: Path) -> None:
     assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone("balanced"))
 
 
-@pytest.mark.parametrize("layout", ["tensor", "expert", "expert, gathered", "expert over tensor"])
+@pytest.mark.parametrize("way", ["symmetric", "allgather"])
+def test_a_step_that_has_no_room_for_a_row_stops_the_run(way: str, tmp_path: Path) -> None:
+    settings = settings_of({"dp": 2, "ep": 2, "by": way, "room": 0.9}, MODELS["balanced"])
+    with pytest.raises(RankFailed, match=r"rows found no room at their experts.*expert_parallel_dispatch"):
+        first_steps(tiny(tmp_path, **settings), 2)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "expert", "expert, gathered", "expert, pulled", "expert over tensor"])
 def test_scores_before_experts(layout: str, tmp_path: Path) -> None:
     settings = settings_of(LAYOUTS[layout], MODELS["scored before"])
     assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone("scored before"))

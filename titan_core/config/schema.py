@@ -250,11 +250,13 @@ class Parallelism:
     expert_tensor_parallel_degree: Positive = 1
     """Ranks over which each expert is split, where experts are split too: `tensor_parallel_degree`; or 1, and experts
     are split over the tensor-parallel ranks as well."""
-    expert_parallel_dispatch: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens reach their experts: each is sent where it is wanted, for which the host must wait to learn how many
-    are; or all are gathered, and nobody waits."""
+    expert_parallel_dispatch: Literal["alltoall", "symmetric", "allgather"] = "alltoall"
+    """How tokens reach their experts. `alltoall`: each is sent where it is wanted, once the host knows how many are.
+    `symmetric`: ranks of one node pull them from memory that all their GPUs address, and no host waits. `allgather`:
+    every rank gets all, and no host waits."""
     expert_parallel_capacity: PositiveFloat = 2.0
-    """Rows that `allgather` makes room for, as a multiple of the mean; a step that needs more stops the run."""
+    """Rows that `symmetric` and `allgather` make room for, as a multiple of the mean; a step that needs more stops the
+    run."""
 
 
 @dataclass(frozen=True)

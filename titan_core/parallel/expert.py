@@ -1,13 +1,14 @@
 """Expert parallelism: experts are split over ranks, and tokens travel to them and back.
 
 The ranks are those that otherwise hold other data (or other parts of the stream); a rank's experts are then sharded by
-FSDP over the ranks that hold the same ones. Two ways to travel:
+FSDP over the ranks that hold the same ones. Three ways to travel:
 
 - `alltoall`: each row goes to the rank of its expert and back. What a rank will get is not known before the ranks have
   told each other, and the host waits for that once a layer.
+- `symmetric`: ranks of a node pull rows from memory that all their GPUs address. Nobody waits; there is room for a
+  fixed number of rows, and what does not fit is counted, so that the step can be refused.
 - `allgather`: every rank gets the tokens of all, works on those that its experts want, and the partial sums are added
-  while they are scattered back. Nobody waits; there is room for a fixed number of rows, and what does not fit is
-  counted, so that the step can be refused.
+  while they are scattered back. Nobody waits, with as much room.
 
 Shape letters: N tokens of a rank, A of all ranks, K choices, R rows, P ranks, L experts of a rank, D model width.
 """
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from titan_kernels.all_to_all import CollectiveExchange, Exchange, SymmetricExchange, combine, dispatch
 from titan_kernels.permutation import Placement, permute, place, unpermute
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -32,12 +34,13 @@ from titan_core.parallel.views import split, wrap_forward
 DROPPED = "dropped_rows"  # the buffer of experts that counts rows for which there was no room
 
 
-def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, dispatch: str, capacity: float) -> None:
+def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, way: str, capacity: float) -> None:
     """Split the experts of a model on the meta device, each also by tensor parallelism where the layout says so."""
     inner = mesh.layout.expert_tp
     axes = mesh.experts["ep", "expert_tp"] if inner > 1 else mesh.experts["ep"]
     share = mesh.layout.expert_fsdp / mesh.layout.fsdp
     group, size, rank = mesh.experts["ep"].get_group(), mesh.layout.ep, mesh.experts["ep"].get_local_rank()
+    exchanges = Exchanges(group)
     for name, module in model.named_modules():
         if not matches(name, sharding.experts):
             continue
@@ -47,11 +50,14 @@ def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, dispatch: str, capac
                 split(
                     part, parameter_name, axes, [0, dim] if inner > 1 else [0], lambda local: Scaled.apply(local, share)
                 )
-        if dispatch == "alltoall":
-            wrap_forward(module, _sent(module, group, size))
-        else:
+        if way != "alltoall":
             module.register_buffer(DROPPED, torch.zeros((), dtype=torch.float32), persistent=False)
+        if way == "allgather":
             wrap_forward(module, _gathered(module, group, size, rank, capacity))
+        elif way == "symmetric":
+            wrap_forward(module, _pulled(module, exchanges, size, capacity))
+        else:
+            wrap_forward(module, _sent(module, group, size))
 
 
 class Scaled(torch.autograd.Function):
@@ -102,6 +108,46 @@ def _numbers(mine_PL: Tensor, theirs_PL: Tensor, rows: int) -> tuple[list[int], 
         return equal, equal
     sent, received = torch.stack((mine_PL.sum(1), theirs_PL.sum(1))).tolist()
     return sent, received
+
+
+class Exchanges:
+    """What carries rows between the ranks of a group: one exchange, of all layers, for each shape that comes.
+
+    Where there is no GPU, plain collectives do what the shared memory does, and wait.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.known: dict[tuple[int, int, int, torch.dtype], Exchange] = {}
+
+    def of(self, rows_RD: Tensor, num_experts: int, capacity: int) -> Exchange:
+        """Return the exchange for rows to be sent, and room for those received."""
+        if rows_RD.device.type != "cuda":
+            return CollectiveExchange(self.group)
+        rows, width = max(rows_RD.shape[0], capacity), rows_RD.shape[1]
+        key = rows, width, num_experts, rows_RD.dtype
+        if key not in self.known:
+            self.known[key] = SymmetricExchange.make(
+                rows=rows, width=width, dtype=rows_RD.dtype, num_experts=num_experts, group=self.group
+            )
+        return self.known[key]
+
+
+def _pulled(module: Any, exchanges: Exchanges, size: int, capacity: float) -> Callable[..., Tensor]:
+    in_a_plan = _sent(module, exchanges.group, size)  # which holds as much, and knows no numbers to lay out
+
+    def around(forward: Callable[..., Tensor], x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor | None) -> Tensor:
+        if planning():
+            return in_a_plan(forward, x_ND, chosen_NK, weights_NK)
+        placement = place(chosen_NK, module.held * size)
+        room = math.ceil(min(capacity, size) * chosen_NK.numel())
+        rows_RD = permute(x_ND, placement)
+        exchange = exchanges.of(rows_RD, module.held, room)
+        rows_CD, route = dispatch(exchange, rows_RD, placement.counts_E.view(size, -1), capacity=room)
+        module.get_buffer(DROPPED).add_((route.needed[0] - room).clamp(min=0))
+        return unpermute(combine(exchange, module.mlp(rows_CD, route.ends_E), route), placement, weights_NK)
+
+    return around
 
 
 def _gathered(module: Any, group: ProcessGroup, size: int, rank: int, capacity: float) -> Callable[..., Tensor]:
