@@ -5,7 +5,6 @@ Run it with `python docs/own_loop.py`, or on ranks: `torchrun --standalone --npr
 
 from titan_core.checkpoint import Checkpointer
 from titan_core.config.load import load
-from titan_core.optim.build import set_lr
 from titan_core.runtime import distributed
 from titan_core.runtime.events import silent
 from titan_core.training.build import build
@@ -24,8 +23,7 @@ engines = {
 for step in range(1, STEPS + 1):
     for name, parts in engines.items():
         outcome = forward_backward(parts, lambda parts=parts: next(parts.loader))  # any layout, any accumulation
-        set_lr(parts.optimizer, 1e-3)
-        parts.optimizer.step()
+        parts.update(1e-3)
         if world.is_main:
             print(f"step {step} {name}: loss {outcome.loss:.3f}, gradient norm {outcome.grad_norm:.2f}")
 for name, parts in engines.items():

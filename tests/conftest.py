@@ -15,10 +15,31 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sample", type=int, default=1, help="run every n-th case of a test that has many, and the first")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _sample(config, items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def _sample(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Thin out the cases of each test, as a second pass over another version of a library needs not all of them."""
+    every = config.getoption("--sample")
+    if every == 1:
+        return
+    seen: dict[str, int] = {}
+    kept: list[pytest.Item] = []
+    left: list[pytest.Item] = []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        number = seen[test] = seen.get(test, -1) + 1
+        (kept if number % every == 0 else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept

@@ -141,7 +141,12 @@ MISTAKES = {
         2,
         "try `fsdp 5` or `replicate 5`",
     ),
-    "not supported": (["train", "--parallelism.expert_parallel_degree", "2"], 2, "expert_parallel_degree = 2"),
+    "not supported": (["train", "--optimizer.early_step_in_backward"], 2, "early_step_in_backward = true"),
+    "experts that are not there": (
+        ["train", "--nproc", "2", "--parallelism.expert_parallel_degree", "2"],
+        2,
+        "no experts to split over 2 ranks",
+    ),
     "pieces of a sequence": (
         ["train", "--nproc", "2", "--parallelism.tensor_parallel_degree", "2", "--training.seq_len", "255"],
         2,

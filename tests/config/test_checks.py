@@ -104,7 +104,7 @@ def test_a_rule_that_is_broken_is_named_with_its_flag(name: str) -> None:
 
 
 def test_what_is_not_supported_yet_is_one_problem_with_every_place() -> None:
-    words = ["parallelism.expert_parallel_degree=2", "quantize.grouped_mm.mx.fqns=experts", "fault_tolerance.enable"]
+    words = ["optimizer.early_step_in_backward", "quantize.grouped_mm.mx.fqns=experts", "fault_tolerance.enable"]
     (found,) = check(load(None, flags(words)))
     for word in words:
         assert f"(--{word.partition('=')[0]})" in found.message

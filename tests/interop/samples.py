@@ -53,6 +53,16 @@ def qwen_tied() -> Any:
     return qwen(tie_word_embeddings=True)
 
 
+def qwen_moe(**changes: Any) -> Any:
+    """12 experts: their numbers sort otherwise as text."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    rope = {"rope_type": "default", "rope_theta": 1000000.0}
+    experts = {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True}
+    sizes = {**SHAPES, "head_dim": 10, "rope_parameters": rope, **experts, **changes}
+    return _random(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
+
+
 def llama4(**changes: Any) -> Any:
     """Dense layers; chunks of 7 tokens; the global layer's sharpening changes every 5 tokens."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -77,6 +87,7 @@ MODELS = {
     "llama3 tied": llama_tied,
     "qwen3": qwen,
     "qwen3 tied": qwen_tied,
+    "qwen3 experts": qwen_moe,
     "llama4": llama4,
     "llama4 scaled": llama4_scaled,
 }
@@ -111,6 +122,22 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Return gradients by the names of files, where each expert has matrices of its own."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        prefix, _, last = name.rpartition(".")
+        if last not in ("gate_up_proj", "down_proj") or not prefix.endswith("mlp.experts"):
+            found[name] = parameter.grad
+            continue
+        for expert, matrix in enumerate(parameter.grad):
+            parts = matrix.chunk(2) if last == "gate_up_proj" else (matrix,)
+            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+            found.update({f"{prefix}.{expert}.{n}.weight": part for n, part in zip(names, parts, strict=True)})
+    return found
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -57,7 +57,7 @@ def test_every_stage_runs_though_others_fail(capsys) -> None:
         (["--model.hf_assets_path", "none"], "tokenizer", "no tokenizer at"),
         (["--validation.dataset_path", "none.jsonl"], "data", "does not exist"),
         (["--training.dataset", "local"], "data", "dataset_path"),
-        (["--parallelism.expert_parallel_degree", "2"], "rules", "expert_parallel_degree = 2"),
+        (["--optimizer.early_step_in_backward"], "rules", "early_step_in_backward = true"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.interop.samples import MODELS, tensors
+from tests.interop.samples import MODELS, gradients, tensors
 from tests.interop.test_mapping import Memory
 from titan_core.generation.decode import decode
 from titan_core.generation.sampler import Sampling
@@ -32,7 +32,7 @@ def test_logits_gradients_and_generation_equal_transformers(name: str, tmp_path:
     for logits in (our_logits, their_logits):
         F.cross_entropy(logits.flatten(0, 1), labels).backward()
     assert opened.mapping is not None
-    slopes = {n: p.grad for n, p in theirs.named_parameters()}
+    slopes = gradients(theirs)
     expected = tensors(OurView(Memory(slopes), opened.mapping))
     for parameter_name, parameter in ours.named_parameters():
         wanted = expected[parameter_name]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.ranks import run_ranks
 from titan_core.config.load import Resolved
-from titan_core.optim.build import set_lr
 from titan_core.runtime import distributed
 from titan_core.runtime.events import silent
 from titan_core.training.build import build
@@ -20,11 +21,13 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Seen:
-    """Losses (nats) and gradient norms of the steps, targets a step, and the whole gradients of the first one."""
+    """Losses (nats) and gradient norms of the steps, targets a step, loads of experts, and the whole gradients of the
+    first step."""
 
     losses: list[float]
     norms: list[float]
     targets: list[int]
+    loads: list[dict[str, float]]
     gradients: dict[str, Tensor]
 
 
@@ -33,7 +36,7 @@ def first_steps(resolved: Resolved, ranks: int) -> Seen:
     if ranks == 1:
         return _run(resolved)
     everyone = run_ranks(_run, ranks, resolved, timeout=120)
-    assert all((one.losses, one.norms, one.targets) == _numbers(everyone[0]) for one in everyone)
+    assert all(_numbers(one) == _numbers(everyone[0]) for one in everyone)
     gradients: dict[str, Tensor] = {}
     for one in everyone:
         for name, gradient in one.gradients.items():
@@ -41,14 +44,14 @@ def first_steps(resolved: Resolved, ranks: int) -> Seen:
     return Seen(*_numbers(everyone[0]), gradients)
 
 
-def _numbers(seen: Seen) -> tuple[list[float], list[float], list[int]]:
-    return seen.losses, seen.norms, seen.targets
+def _numbers(seen: Seen) -> tuple[Any, ...]:
+    return seen.losses, seen.norms, seen.targets, seen.loads
 
 
 def _run(resolved: Resolved) -> Seen:
     world = distributed.start()
     parts = build(resolved.config, world, silent)
-    seen = Seen([], [], [], {})
+    seen = Seen([], [], [], [], {})
     for step in range(STEPS):
         outcome = forward_backward(parts, lambda: next(parts.loader))
         if step == 0:
@@ -56,8 +59,8 @@ def _run(resolved: Resolved) -> Seen:
         seen.losses.append(outcome.loss)
         seen.norms.append(outcome.grad_norm)
         seen.targets.append(outcome.targets)
-        set_lr(parts.optimizer, 1e-2)
-        parts.optimizer.step()
+        parts.update(1e-2)
+        seen.loads.append(parts.balance.metrics())
     parts.loader.close()
     return seen
 
@@ -70,6 +73,8 @@ def _whole(gradient: Tensor | None) -> Tensor:
 def assert_same(found: Seen, expected: Seen, tolerance: float = 1e-5) -> None:
     """Assert that two layouts gave the same numbers, to a tolerance relative to the largest gradient of a parameter."""
     assert found.targets == expected.targets
+    for ours, alone in zip(found.loads, expected.loads, strict=True):
+        assert ours == pytest.approx(alone, rel=1e-5)
     for mine, theirs in zip(found.losses + found.norms, expected.losses + expected.norms, strict=True):
         assert abs(mine - theirs) <= tolerance * abs(theirs), (found.losses, expected.losses)
     assert set(found.gradients) == set(expected.gradients)

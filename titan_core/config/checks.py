@@ -16,8 +16,6 @@ from titan_core.runtime.errors import Problem, UsageError
 
 # What this version does not do yet: key -> the only values that it accepts. A feature that arrives removes its line.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "parallelism.expert_parallel_degree": (1,),
-    "parallelism.expert_tensor_parallel_degree": (1,),
     "parallelism.enable_compiled_autograd": (False,),
     "optimizer.early_step_in_backward": (False,),
     "job.custom_config_module": ("",),
@@ -27,7 +25,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "fault_tolerance.semi_sync_method": (None,),
     "quantize.grouped_mm.float8.fqns": ([],),
     "quantize.grouped_mm.mx.fqns": ([],),
-    "training.debug_moe_force_load_balance": (False,),
 }
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")  # of a checkpoint
@@ -150,7 +147,7 @@ def _files(config: Config) -> Iterator[Problem]:
         except (ImportError, ValueError):
             found = None
         if found is None:
-            message = f"no Python module `{config.experimental.custom_import}`"
+            message = f"no Python module `{shown(config.experimental.custom_import)}`"
             yield Problem("experimental.custom_import", message, tip="is it installed, or in the working folder?")
     if config.profiling.enable_profiling:
         needed = config.profiling.profiler_active + config.profiling.profiler_warmup

@@ -24,13 +24,18 @@ _NAMES = {"pp": "pipeline", "dp_replicate": "replicate", "dp_shard": "fsdp", "cp
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism with nothing left open; their product is the number of ranks."""
+    """Degrees of parallelism with nothing left open; their product is the number of ranks.
+
+    Experts are split over `ep` ranks, which are otherwise those of `fsdp`, and each over `etp` ranks.
+    """
 
     dp_replicate: int = 1
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+    etp: int = 1
 
     @staticmethod
     def of(config: Parallelism, world_size: int) -> Layout:
@@ -38,7 +43,7 @@ class Layout:
         asked = {axis: getattr(config, KEYS[axis]) for axis in AXES}
         if asked["dp_shard"] == -1:
             asked["dp_shard"] = max(1, world_size // -math.prod(asked.values()))
-        layout = Layout(**asked)
+        layout = Layout(**asked, ep=config.expert_parallel_degree, etp=config.expert_tensor_parallel_degree)
         if layout.world_size != world_size:
             near = " or ".join(f"`{n}`" for n in itertools.islice(_nearest(layout, world_size), 2))
             raise UsageError(
@@ -46,7 +51,43 @@ class Layout:
                 where="parallelism",
                 tip=f"try {near}; a data_parallel_shard_degree of -1 takes the ranks that are left",
             )
+        layout.check_experts()
         return layout
+
+    def check_experts(self) -> None:
+        """Raise `UsageError` where experts cannot be split as asked."""
+        if self.ep == 1:
+            return
+        if self.etp not in (1, self.tp):
+            raise UsageError(
+                f"each expert over {self.etp} ranks does not go with {self.tp} tensor-parallel ranks",
+                where="parallelism.expert_tensor_parallel_degree",
+                tip=f"use 1 or {self.tp}",
+            )
+        over = self.fsdp * (self.tp if self.routed_by_parts else 1)
+        if over % self.ep or (self.routed_by_parts and self.ep % self.tp):
+            fits = [n for n in range(1, over + 1) if over % n == 0 and not (self.routed_by_parts and n % self.tp)]
+            parts = f"shards x context{' x tensor' if self.routed_by_parts else ''}"
+            raise UsageError(
+                f"experts over {self.ep} ranks: {parts} are {over} ranks, which do not divide so",
+                where="parallelism.expert_parallel_degree",
+                tip=f"try {' or '.join(map(str, fits[-3:]))}",
+            )
+
+    @property
+    def routed_by_parts(self) -> bool:
+        """Are experts split over the tensor-parallel ranks too, so that each routes its own part of the stream?"""
+        return self.ep > 1 and self.tp > 1 and self.etp == 1
+
+    @property
+    def expert_tp(self) -> int:
+        """Number of ranks over which each expert is split."""
+        return 1 if self.routed_by_parts else self.tp
+
+    @property
+    def expert_fsdp(self) -> int:
+        """Number of ranks over which the experts of one expert-parallel rank are sharded."""
+        return self.fsdp * self.tp // (self.ep * self.expert_tp)
 
     @property
     def world_size(self) -> int:
@@ -72,6 +113,8 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"{_NAMES[axis]} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        if self.ep > 1:
+            parts.append(f"expert {self.ep}")
         return " x ".join(parts) or "one device"
 
 

@@ -187,6 +187,8 @@ class Training:
     """Only deterministic algorithms."""
     debug_moe_force_load_balance: bool = False
     """Send every expert the same number of tokens."""
+    expert_backend: Literal["auto", "titan", "grouped_mm", "loop"] = "auto"
+    """How products of many experts are formed: by titan's kernels, by torch's grouped product, or one by one."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and stop cleanly after this time."""
 
@@ -244,9 +246,17 @@ class Parallelism:
     context_parallel_rotate_method: Literal["allgather", "alltoall", "heads"] = "allgather"
     """How ranks meet each other's keys: gather all, pass them round the ring, or exchange tokens for heads."""
     expert_parallel_degree: Positive = 1
-    """Ranks over which experts are split."""
+    """Ranks over which experts are split; they are ranks that otherwise hold other data, or pieces of sequences."""
     expert_tensor_parallel_degree: Positive = 1
-    """Ranks over which each expert is split."""
+    """Ranks over which each expert is split, where experts are split too: `tensor_parallel_degree`; or 1, and experts
+    are split over the tensor-parallel ranks as well."""
+    expert_parallel_dispatch: Literal["alltoall", "symmetric", "allgather"] = "alltoall"
+    """How tokens reach their experts. `alltoall`: each is sent where it is wanted, once the host knows how many are.
+    `symmetric`: ranks of one node pull them from memory that all their GPUs address, and no host waits. `allgather`:
+    every rank gets all, and no host waits."""
+    expert_parallel_capacity: PositiveFloat = 2.0
+    """Rows that `symmetric` and `allgather` make room for, as a multiple of the mean; a step that needs more stops the
+    run."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from titan_core.config.schema import Positive, PositiveFloat
+from titan_core.declare import experts
 from titan_core.declare.parameters import Attention, Constant, Normal, Parameter
 from titan_core.declare.sharding import Sharding
 
@@ -22,11 +23,24 @@ SHARDING = Sharding(
         "layers.*.attention.wv",
         "layers.*.feed_forward.w1",
         "layers.*.feed_forward.w3",
+        "layers.*.moe.experts.w1",
+        "layers.*.moe.experts.w3",
+        "layers.*.moe.shared_experts.w1",
+        "layers.*.moe.shared_experts.w3",
         "output",
     ),
-    rows=("layers.*.attention.wo", "layers.*.feed_forward.w2"),
-    regions=("layers.*.attention", "layers.*.feed_forward"),
+    rows=(
+        "layers.*.attention.wo",
+        "layers.*.feed_forward.w2",
+        "layers.*.moe.experts.w2",
+        "layers.*.moe.shared_experts.w2",
+    ),
+    regions=("layers.*.attention", "layers.*.feed_forward", "layers.*.moe"),
     closing=("norm",),
+    experts=("layers.*.moe.experts",),
+    mixtures=("layers.*.moe",),
+    shared=("layers.*.moe.shared_experts",),
+    loads=("layers.*.moe.router.load",),
     attentions=("layers.*.attention.attend",),
     first=("tok_embeddings",),
     last=("norm", "output"),
@@ -58,6 +72,10 @@ class DecoderSizes:
         if head_dim % 2:
             raise ValueError(f"a head is {head_dim} wide, which is odd: no rotation")
 
+    def is_mixture(self, layer: int) -> bool:
+        """Is the MLP of this layer a mixture of experts?"""
+        return False
+
 
 def parameters(sizes: Any, head_norms: Sequence[str] = ()) -> tuple[Parameter, ...]:
     """List the parameters in the order of the module. A tied table starts as a head does: it makes the logits.
@@ -80,12 +98,17 @@ def attentions(sizes: Any) -> tuple[Attention, ...]:
     return (one,) * sizes.n_layers
 
 
-def _block(sizes: Any, layer: int, head_norms: Sequence[str]) -> Iterator[Parameter]:
-    """Projections start at deviation 0.02; those that write to the residual stream shrink with depth (GPT-2)."""
-    dim, ffn_dim = sizes.dim, sizes.ffn_dim
-    query, key = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
+def deviations(sizes: Any, layer: int) -> tuple[Normal, Normal]:
+    """Return how projections start: at deviation 0.02, and those that write to the residual stream shrink with depth
+    (GPT-2)."""
     depth = layer + 1 if sizes.depth_init else sizes.n_layers
-    inner, residual, one = Normal(0.02), Normal(0.02 / (2 * depth) ** 0.5), Constant(1.0)
+    return Normal(0.02), Normal(0.02 / (2 * depth) ** 0.5)
+
+
+def _block(sizes: Any, layer: int, head_norms: Sequence[str]) -> Iterator[Parameter]:
+    dim = sizes.dim
+    query, key = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
+    (inner, residual), one = deviations(sizes, layer), Constant(1.0)
     prefix = f"layers.{layer}"
     yield Parameter(f"{prefix}.attention_norm.weight", (dim,), "norm", one)
     yield Parameter(f"{prefix}.attention.wq.weight", (query, dim), "hidden", inner)
@@ -95,6 +118,13 @@ def _block(sizes: Any, layer: int, head_norms: Sequence[str]) -> Iterator[Parame
     for norm in head_norms:
         yield Parameter(f"{prefix}.attention.{norm}.weight", (sizes.head_dim,), "norm", one)
     yield Parameter(f"{prefix}.ffn_norm.weight", (dim,), "norm", one)
-    yield Parameter(f"{prefix}.feed_forward.w1.weight", (ffn_dim, dim), "hidden", inner)
-    yield Parameter(f"{prefix}.feed_forward.w2.weight", (dim, ffn_dim), "hidden", residual)
-    yield Parameter(f"{prefix}.feed_forward.w3.weight", (ffn_dim, dim), "hidden", residual)
+    yield from mlp(sizes, layer)
+
+
+def mlp(sizes: Any, layer: int) -> Iterator[Parameter]:
+    """List the parameters of a layer's MLP, or mixture of experts."""
+    inner, residual = deviations(sizes, layer)
+    if sizes.is_mixture(layer):
+        yield from experts.parameters(f"layers.{layer}.moe", sizes, inner, residual)
+    else:
+        yield from experts.swiglu(f"layers.{layer}.feed_forward", sizes.dim, sizes.ffn_dim, inner, residual)

@@ -41,6 +41,11 @@ class Config:
             raise UsageError(f"`{key}` cannot be {value!r}", where=self.name, tip="true or false")
         return value
 
+    def first(self, *keys: str) -> str:
+        """Return the first of the keys that is there, or the last: releases of transformers call one thing by several
+        names."""
+        return next((key for key in keys if self.tree.get(key) is not None), keys[-1])
+
     def only(self, **values: Any) -> None:
         """Refuse any other value than these, where a key is there at all."""
         for key, accepted in values.items():

@@ -25,12 +25,18 @@ def links(sizes: Any, rotary: tuple[Step, ...], *, mlp: str = "mlp", head_norms:
         Link(f"{ours}.attention.wo.weight", f"{theirs}.self_attn.o_proj.weight"),
         *(Link(f"{ours}.attention.{n}.weight", f"{theirs}.self_attn.{n}.weight", rotary) for n in head_norms),
         Link(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        Link(f"{ours}.feed_forward.w1.weight", f"{theirs}.{mlp}.gate_proj.weight"),
-        Link(f"{ours}.feed_forward.w2.weight", f"{theirs}.{mlp}.down_proj.weight"),
-        Link(f"{ours}.feed_forward.w3.weight", f"{theirs}.{mlp}.up_proj.weight"),
         Link("norm.weight", "model.norm.weight"),
     ]
+    mixed = {sizes.is_mixture(layer) for layer in range(sizes.n_layers)}
+    if False in mixed:
+        rules += swiglu(f"{ours}.feed_forward", f"{theirs}.{mlp}")
     return rules if sizes.tied else [*rules, Link("output.weight", "lm_head.weight")]
+
+
+def swiglu(ours: str, theirs: str, steps: tuple[Step, ...] = ()) -> list[Rule]:
+    """Map an MLP, or with steps something like it."""
+    names = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    return [Link(f"{ours}.{name}.weight", f"{theirs}.{their}.weight", steps) for name, their in names.items()]
 
 
 def read_sizes(

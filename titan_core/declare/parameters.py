@@ -35,7 +35,8 @@ class Parameter:
     """One parameter: fully qualified name, shape in (out, in) order, role, and initial distribution.
 
     `active` is the share of the parameter's matmul that one token uses (k / E for routed experts). `tied_to` names
-    the parameter that stands in for this one: its matmul counts, but the module has no parameter of this name.
+    the parameter that stands in for this one: its matmul counts, but the module has no parameter of this name. What is
+    not `trained` is a buffer of the module: stored and loaded, but no gradient reaches it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Parameter:
     init: Init
     active: float = 1.0
     tied_to: str | None = None
+    trained: bool = True
 
     @property
     def numel(self) -> int:

@@ -5,6 +5,7 @@ Names are globs of modules, `*` standing for one name. What is not named is repl
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ class Sharding:
     by input features, whose results are partial sums. A projection is split inside of one of the `regions`: modules
     whose first argument is the residual stream (B, T, D), needed whole, and whose result is added to it. Outside of the
     regions the stream may be split along T, from the `embeddings` on to `closing`, the last norm.
+    `experts` are modules that hold the weights of many experts, stacked along dimension 0, and are called with
+    tokens (N, D), the numbers of the experts chosen for each (N, K) and their weights (N, K) or None. They lie in
+    `mixtures`, which are regions, with `shared` experts beside them; `loads` are the modules there that count what each
+    sequence sends to each expert, and return it as (B, E).
     `attentions` are the modules that attend: no weights, called with queries, keys, values (B, T, heads, width) and a
     mask. `first` and `last` are the modules before and after the blocks, where a pipeline begins and ends.
     """
@@ -27,15 +32,24 @@ class Sharding:
     rows: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
     closing: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    mixtures: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    loads: tuple[str, ...] = ()
     attentions: tuple[str, ...] = ()
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
 
     def split_dim(self, module: str) -> int | None:
-        """Return the dimension of a module's weight (out, in) that tensor parallelism splits, None for none."""
+        """Return the dimension of a module's weight (..., out, in) that tensor parallelism splits, None for none."""
         if matches(module, self.columns) or matches(module, self.embeddings):
-            return 0
-        return 1 if matches(module, self.rows) else None
+            return -2
+        return -1 if matches(module, self.rows) else None
+
+    def routed_by_parts(self) -> Sharding:
+        """Return the same model with mixtures that work on parts of the stream: only what all tokens share, gathers."""
+        regions = tuple(region for region in self.regions if region not in self.mixtures)
+        return dataclasses.replace(self, regions=regions + self.shared)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -21,7 +21,8 @@ class Counts:
 
 
 def count_parameters(parameters: Sequence[Parameter]) -> Counts:
-    """Count parameters; a tied one counts once in the total, and its matmul among the active."""
+    """Count trained parameters; a tied one counts once in the total, and its matmul among the active."""
+    parameters = [p for p in parameters if p.trained]
     total = sum(p.numel for p in parameters if p.tied_to is None)
     active = sum(round(p.numel * p.active) for p in parameters if p.role in _MATMUL_ROLES)
     by_role: dict[Role, int] = {}

@@ -10,7 +10,7 @@ from titan_core.config.schema import Config
 from titan_core.declare.parameters import Parameter
 
 GIB = 1 << 30
-_BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2}
 _LOGITS_AT_ONCE = 1 << 25  # titan_core.nn.loss
 
 
@@ -56,15 +56,17 @@ def rank_memory(
     num_held = -(-num_blocks // layout.pp)
     block = sum(p.numel for p in blocks) // max(num_blocks, 1) // layout.tp
     rest = max(0, total - block * num_held)
-    store, compute = _BYTES[training.dtype], _BYTES[training.mixed_precision_param]
+    store, compute = BYTES[training.dtype], BYTES[training.mixed_precision_param]
     offload = training.enable_cpu_offload
     share, whole = store * -(-total // layout.fsdp), 0
     gathered = compute * total if compute != store else 0
     rows, steps = _rows_and_microbatches(config, layout)
     if layout.fsdp > 1 or offload:
         frees = config.parallelism.fsdp_reshard_after_forward != "never" and layout.pp == 1
-        gathered = compute * (rest + (min(2, num_held) if frees else num_held) * block)
-        whole = _BYTES[training.mixed_precision_reduce] * total if steps > 1 else 0
+        mixed = sum(p.numel for p in blocks if p.role == "expert") // max(num_blocks, 1)
+        whole_block = block - mixed // layout.tp + mixed // (layout.ep * layout.expert_tp)
+        gathered = compute * (rest + (min(2, num_held) if frees else num_held) * whole_block)
+        whole = BYTES[training.mixed_precision_reduce] * total if steps > 1 else 0
     tokens = rows * training.seq_len // layout.cp
     width = next(p.shape[-1] for p in own if p.role == "embedding")
     per_block = compute * tokens * _block_width(blocks, width) // max(num_blocks, 1) // layout.tp
@@ -98,9 +100,15 @@ def _rows_and_microbatches(config: Config, layout: Layout) -> tuple[int, int]:
 def _block_width(blocks: Sequence[Parameter], width: int) -> int:
     """Return how many numbers all blocks save for a token: what comes out of the matmuls and the norms, and what goes
     into the matmuls that write to the residual stream. Square ones count as such, on the side of too much."""
-    matrices = [p.shape for p in blocks if len(p.shape) == 2]
+    matrices = [(p.shape[-2], p.shape[-1], _times(p)) for p in blocks if len(p.shape) > 1]
     norms = [p.shape[0] for p in blocks if p.role == "norm"]
-    return sum(out for out, _ in matrices) + sum(norms) + sum(into for out, into in matrices if out == width <= into)
+    outs = sum(out * times for out, _, times in matrices)
+    return round(outs + sum(norms) + sum(into * times for out, into, times in matrices if out == width))
+
+
+def _times(parameter: Parameter) -> float:
+    """Return how many matrices of a stack of experts a token is multiplied with."""
+    return parameter.shape[0] * parameter.active if parameter.role == "expert" else 1.0
 
 
 def _activations(config: Config, num_blocks: int, boundary: int, per_block: int) -> int:

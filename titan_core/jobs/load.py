@@ -15,6 +15,8 @@ from titan_core.declare.family import Family
 from titan_core.interop.loading import fill
 from titan_core.jobs import foreign
 from titan_core.models import family, sizes_from_dict
+from titan_core.nn.layers import set_parameter_dtype
+from titan_core.parallel.materialise import stored_buffers
 from titan_core.runtime import distributed
 from titan_core.runtime.errors import CheckpointError, DataError
 
@@ -70,13 +72,16 @@ def _empty(chosen: Family, sizes: Any, device: str | torch.device | None, dtype:
     target = torch.device(device or distributed.default_device_type())
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     with torch.device("meta"):
-        model = chosen.build(sizes).to(dtype)
+        model = chosen.build(sizes)
+        set_parameter_dtype(model, dtype)
     model.to_empty(device=target)
+    for buffer in model.buffers():
+        buffer.zero_()
     return model.eval().requires_grad_(False)
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    return dict(model.named_parameters()) | stored_buffers(model)
 
 
 def model_of(shared: dict[str, Any], step_path: str) -> tuple[Family, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from titan_core.nn import ops, rope
 from titan_core.nn.attention import CAUSAL, Attention, Mask
 from titan_core.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
+from titan_core.nn.moe import MoE
 
 if TYPE_CHECKING:
     from titan_core.nn.kv_cache import KVCache, LayerCache
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.tok_embeddings = Embedding(sizes.vocab_size, sizes.dim)
-        self.layers = nn.ModuleDict({str(i): Block(sizes, attention(i)) for i in range(sizes.n_layers)})
+        self.layers = nn.ModuleDict({str(i): Block(sizes, attention(i), i) for i in range(sizes.n_layers)})
         self.norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.output = None if sizes.tied else Linear(sizes.dim, sizes.vocab_size)
 
@@ -79,19 +80,23 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention, and an MLP or a mixture of experts, each behind a norm and added to the residual stream."""
 
-    def __init__(self, sizes: Any, attention: nn.Module) -> None:
+    def __init__(self, sizes: Any, attention: nn.Module, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(sizes.dim, sizes.norm_eps)
         self.attention = attention
         self.ffn_norm = RMSNorm(sizes.dim, sizes.norm_eps)
-        self.feed_forward = SwiGLU(sizes.dim, sizes.ffn_dim)
+        mixed = sizes.is_mixture(layer)
+        self.feed_forward = None if mixed else SwiGLU(sizes.dim, sizes.ffn_dim)
+        self.moe = MoE(sizes) if mixed else None
 
     def forward(self, x_BTD: Tensor, place: Place, cache: LayerCache | None) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), place, cache)
-        return x_BTD + self.feed_forward(self.ffn_norm(x_BTD))
+        mlp = self.moe if self.feed_forward is None else self.feed_forward
+        assert mlp is not None
+        return x_BTD + mlp(self.ffn_norm(x_BTD))
 
 
 class GroupedQueryAttention(nn.Module):

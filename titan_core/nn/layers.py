@@ -75,5 +75,11 @@ class SwiGLU(nn.Module):
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Make every layer of a module compute in `dtype`."""
     for layer in module.modules():
-        if isinstance(layer, Linear | Embedding):
-            layer.compute_dtype = dtype
+        if "compute_dtype" in vars(layer):
+            vars(layer)["compute_dtype"] = dtype
+
+
+def set_parameter_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Store the parameters of a module in `dtype`; buffers, which are counts and small corrections, stay fp32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_core.config.schema import Config
 from titan_core.parallel import simple_fsdp
@@ -84,6 +85,7 @@ def replicate(parallel: DataParallel, mesh: Mesh, device: torch.device) -> None:
             device_ids=[device.index] if device.type == "cuda" else None,
             process_group=mesh.replicate.get_group(),
             gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # what a rank has counted is its own
             init_sync=False,  # every rank has drawn the same weights: they depend on seed and name only
         )
 
@@ -93,8 +95,13 @@ def apply_views(module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, conf
     simple_fsdp.apply(module, blocks, mesh, *_dtypes(config))
 
 
-def apply_hooks(module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, config: Config) -> None:
-    """Shard a module on the meta device by FSDP2. `blocks` become its units; all the rest is one more unit."""
+def apply_hooks(
+    module: nn.Module, blocks: Sequence[nn.Module], experts: Sequence[nn.Module], mesh: Mesh, config: Config
+) -> None:
+    """Shard a module on the meta device by FSDP2. `blocks` become its units; all the rest is one more unit.
+
+    `experts`, in blocks, are units of their own, as they are split over ranks that share all else.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     param_dtype, reduce_dtype = _dtypes(config)
@@ -111,10 +118,25 @@ def apply_hooks(module: nn.Module, blocks: Sequence[nn.Module], mesh: Mesh, conf
     policy = config.parallelism.fsdp_reshard_after_forward
     # under pipelining a block runs many times a step, and would be gathered as often
     reshard = policy == "always" or (policy == "default" and mesh.layout.pp == 1)
+    for unit in experts:
+        placed = _expert_dim(mesh.layout.expert_fsdp)
+        fully_shard(
+            unit, reshard_after_forward=reshard, shard_placement_fn=placed, **{**options, "mesh": mesh.expert_fsdp}
+        )
     for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     fully_shard(module, reshard_after_forward=policy == "always", **options)
     _prefetch(blocks, config.parallelism.fsdp_prefetch)
+
+
+def _expert_dim(shards: int) -> Callable[[nn.Parameter], Shard]:
+    """Shard experts by their number where it divides, as only then all ranks have some; else each of them."""
+
+    def place(parameter: nn.Parameter) -> Shard:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(0 if local.shape[0] % shards == 0 else 1)
+
+    return place
 
 
 def _dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:

@@ -129,6 +129,21 @@ class AllToAll(torch.autograd.Function):
         return all_to_all(grad, ctx.group), None
 
 
-def all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Exchange equal parts along dim 0."""
-    return arrived(funcol.all_to_all_single(x.contiguous(), None, None, group))
+class AllToAllUneven(torch.autograd.Function):
+    """`sent[i]` rows go to rank i, `received[i]` come from it; the gradients go back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: ProcessGroup) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return all_to_all(x, group, sent, received)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return all_to_all(grad, ctx.group, ctx.received, ctx.sent), None, None, None
+
+
+def all_to_all(
+    x: Tensor, group: ProcessGroup, sent: list[int] | None = None, received: list[int] | None = None
+) -> Tensor:
+    """Exchange parts along dim 0, equal ones unless their sizes are given."""
+    return arrived(funcol.all_to_all_single(x.contiguous(), received, sent, group))

@@ -8,6 +8,7 @@ from typing import Any
 from titan_core.config.layout import Layout
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
+from titan_core.estimation.memory import BYTES
 from titan_core.parallel import stages
 from titan_core.runtime.errors import Problem, UsageError
 
@@ -18,6 +19,8 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_tensor(config, layout, family, sizes),
         *_context(config, layout, family, sizes),
         *_pipeline(config, layout, family, sizes),
+        *_experts(config, layout, family, sizes),
+        *_products(config, family, sizes),
         *_backend(config, layout),
     ]
 
@@ -37,7 +40,7 @@ def _tensor(config: Config, layout: Layout, family: Family, sizes: Any) -> Itera
         if dim is None or not any(inside.values()) or parameter.role in ("embedding", "output"):
             continue
         if parameter.shape[dim] % layout.tp:
-            what = f"{parameter.shape[dim]} {'columns' if dim else 'rows'}"
+            what = f"{parameter.shape[dim]} {'columns' if dim == -1 else 'rows'}"
             message = f"{parameter.name} has {what}, not a multiple of {layout.tp}"
             yield Problem(key, message, tip="choose a degree that divides it")
             return
@@ -103,9 +106,48 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
         yield Problem(error.where or "parallelism", error.message, tip=error.tip)
 
 
+def _experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
+    if layout.ep == 1:
+        return
+    key = "parallelism.expert_parallel_degree"
+    shapes = [p.shape for p in family.parameters(sizes) if p.role == "expert"]
+    if not shapes:
+        yield Problem(key, f"this {family.name} has no experts to split over {layout.ep} ranks", tip="use 1")
+        return
+    count = shapes[0][0]
+    if count % layout.ep:
+        fits = [n for n in range(1, layout.ep + 1) if count % n == 0]
+        yield Problem(key, f"{count} experts do not divide over {layout.ep} ranks", tip=f"try {fits[-1]}")
+        return
+    if layout.routed_by_parts and not config.parallelism.enable_sequence_parallel:
+        message = "experts over tensor-parallel ranks take parts of the stream, and `enable_sequence_parallel` is off"
+        tip = f"set it, or expert_tensor_parallel_degree to {layout.tp}"
+        yield Problem("parallelism.enable_sequence_parallel", message, tip=tip)
+    shards = layout.expert_fsdp
+    if (count // layout.ep) % shards and any(shape[1] // layout.expert_tp % shards for shape in shapes):
+        message = f"{count // layout.ep} experts a rank, {shapes[0][1]} wide, do not divide over {shards} shards"
+        yield Problem(key, message, tip=f"raise it to {min(count, layout.ep * shards)}")
+
+
+def _products(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:
+    key, backend = "training.expert_backend", config.training.expert_backend
+    if backend == "loop" and config.compile.enable and "model" in config.compile.components:
+        yield Problem(key, "the compiler cannot see through a `loop` over experts", tip="use `titan`, or `auto`")
+    if backend == "grouped_mm":
+        unit = 16 // BYTES[config.training.mixed_precision_param]
+        odd = [p for p in family.parameters(sizes) if p.role == "expert" and any(n % unit for n in p.shape[1:])]
+        if odd:
+            message = (
+                f"{odd[0].name} is {odd[0].shape[1]} x {odd[0].shape[2]}, and `grouped_mm` wants multiples of {unit}"
+            )
+            yield Problem(key, message, tip="use `titan`, or `auto`")
+
+
 def _backend(config: Config, layout: Layout) -> Iterator[Problem]:
     if config.parallelism.data_parallel_backend == "simple":
         key = "parallelism.data_parallel_backend"
+        if layout.ep > 1:
+            yield Problem(key, "`simple` does not shard experts that are split over ranks", tip="use fsdp2")
         if layout.tp > 1:
             message = "`simple` shards whole parameters, not those that tensor parallelism has split"
             yield Problem(key, message, tip="use fsdp2")

@@ -18,7 +18,10 @@ def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, devi
     """Allocate a meta model on `device` and draw its weights: a pure function of seed and name, whatever the layout."""
     model.to_empty(device=device)
     table = {parameter.name: parameter for parameter in declared}
-    for name, tensor in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in table:  # a buffer that is not stored: what is counted anew
+            tensor.zero_()
+            continue
         parameter = table[name]
         local, offset = _shard_of(tensor)
         if local.numel() == 0:
@@ -35,6 +38,12 @@ def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, devi
             std=parameter.init.std,
             cut=parameter.init.cut,
         )
+
+
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to what a model has learnt."""
+    trained = dict(model.named_parameters())
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in trained}
 
 
 def count(tensors: Sequence[Tensor]) -> int:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+_EXPERT_AXES = ("pp", "dp_replicate", "expert_fsdp", "ep", "expert_tp")
 __all__ = ["Layout", "Mesh"]
 
 
@@ -59,6 +60,22 @@ class Mesh:
         if self.layout.dp_replicate > 1:
             return self.parameters["dp_replicate", "fsdp"]
         return self.parameters["fsdp"]
+
+    @cached_property
+    def experts(self) -> DeviceMesh:
+        """Where experts live: as `parameters`, with the ranks of fsdp (and tp) dealt to experts."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        layout = self.layout
+        shape = (layout.pp, layout.dp_replicate, layout.expert_fsdp, layout.ep, layout.expert_tp)
+        return init_device_mesh(self.device_type, shape, mesh_dim_names=_EXPERT_AXES)
+
+    @property
+    def expert_fsdp(self) -> DeviceMesh:
+        """Where the experts of one expert-parallel rank are sharded."""
+        if self.layout.dp_replicate > 1:
+            return self.experts["dp_replicate", "expert_fsdp"]
+        return self.experts["expert_fsdp"]
 
     @property
     def replicate(self) -> DeviceMesh:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from titan_core.config.schema import Compile, Config
 from titan_core.declare.family import Family
 from titan_core.declare.sharding import matches
-from titan_core.nn.layers import set_compute_dtype
-from titan_core.parallel import activation_checkpoint, context, data_parallel, pipeline, stages, tensor
+from titan_core.nn.layers import set_compute_dtype, set_parameter_dtype
+from titan_core.parallel import activation_checkpoint, context, data_parallel, expert, pipeline, stages, tensor
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.exchange import Wire
 from titan_core.parallel.mesh import Mesh
@@ -57,28 +57,39 @@ class Part:
 def parts_of(family: Family, sizes: Any, mesh: Mesh, config: Config) -> list[tuple[nn.Module, Cut | None]]:
     """Build on the meta device what this rank holds of a model: all of it, or its pipeline stages."""
     with torch.device("meta"):
-        model = family.build(sizes).to(DTYPES[config.training.dtype])
+        model = _build(family, sizes, config)
         if mesh.layout.pp == 1:
             return [(model, None)]
         names = [name for name, _ in model.named_modules()]
         every = stages.cuts(config.parallelism, family, names)
         found: list[tuple[nn.Module, Cut | None]] = []
         for stage in stages.owned(config.parallelism, every, mesh.at["pp"]):
-            piece = family.build(sizes).to(DTYPES[config.training.dtype])
+            piece = _build(family, sizes, config)
             pipeline.cut(piece, stage, family.sharding)
             found.append((piece, stage))
         return found
+
+
+def _build(family: Family, sizes: Any, config: Config) -> nn.Module:
+    model = family.build(sizes)
+    set_parameter_dtype(model, DTYPES[config.training.dtype])
+    return model
 
 
 def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple[DataParallel, list[str]]:
     """Lay out one part on the meta device; returns it and one line for each thing that was done."""
     model, parallel = part.model, config.parallelism
     set_compute_dtype(model, DTYPES[config.training.mixed_precision_param])
+    sharding = family.sharding.routed_by_parts() if mesh.layout.routed_by_parts else family.sharding
+    if mesh.layout.ep > 1:
+        expert.apply(model, sharding, mesh, parallel.expert_parallel_dispatch, parallel.expert_parallel_capacity)
     if mesh.layout.tp > 1:
-        sequence = parallel.enable_sequence_parallel
-        tensor.apply(model, family.sharding, mesh.tp, sequence=sequence, wires=part.wires)
+        tensor.apply(model, sharding, mesh.tp, sequence=parallel.enable_sequence_parallel, wires=part.wires)
+    if mesh.layout.routed_by_parts:
+        expert.count_whole_sequences(model, sharding, mesh.tp.get_group())
     if mesh.layout.cp > 1:
-        context.apply(model, family.sharding, mesh, parallel.context_parallel_rotate_method)
+        context.apply(model, sharding, mesh, parallel.context_parallel_rotate_method)
+        expert.count_whole_sequences(model, sharding, mesh.cp_group)
     units = find(model, family.blocks)
     module = part.task if part.cut is None else pipeline.Stage(part.task, last=part.cut.last)
     kind = data_parallel.kind_of(mesh.layout, config)
@@ -90,7 +101,8 @@ def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple
         _compile(units, config.compile)
         said.append(f"compile {len(units)} blocks ({config.compile.backend})")
     if kind == "fsdp":
-        data_parallel.apply_hooks(module, units, mesh, config)
+        experts = find(model, sharding.experts) if mesh.layout.ep > 1 else []
+        data_parallel.apply_hooks(module, units, experts, mesh, config)
     return DataParallel(module, kind, mesh.layout.dp * mesh.layout.cp), said
 
 

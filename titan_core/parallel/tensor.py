@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Shard
 
 from titan_core.declare.sharding import Sharding, matches, within
 from titan_core.nn.loss import IGNORE, LossAndSlope, loss_and_slope
 from titan_core.parallel.exchange import Enter, Gather, Leave, NarrowGather, Scatter, Wire, all_gather, all_reduce
-from titan_core.parallel.views import Passage, add_view, wrap_forward
+from titan_core.parallel.views import Passage, split, wrap_forward
 
 _TOKENS = 1  # the dimension of (B, T, D) along which the stream is split
 
@@ -39,6 +39,10 @@ class Stream:
         if self.split and wire is not None:
             return NarrowGather.apply(x_BTD, _TOKENS, self.group, wire)
         return Gather.apply(x_BTD, _TOKENS, self.group) if self.split else Enter.apply(x_BTD, self.group)
+
+    def add_gradients(self, parameter: Tensor) -> Tensor:
+        """Return a parameter that is the same on every rank, and whose gradients are partial sums."""
+        return Enter.apply(parameter, self.group)
 
     def leave(self, x_BTD: Tensor) -> Tensor:
         """Add a region's partial sums and return them as the stream wants them."""
@@ -61,8 +65,8 @@ def apply(
     for name, module in model.named_modules():
         for parameter_name in list(module._parameters):
             dim = sharding.split_dim(name)
-            summed = dim is None and (sequence or within(name, sharding.regions))
-            _split(module, parameter_name, dim, mesh, summed=summed)
+            parts = dim is None and (sequence or within(name, sharding.regions))  # of tokens or heads, on each rank
+            split(module, parameter_name, mesh, [dim], stream.add_gradients if parts else lambda local: local)
         if isinstance(module, Passage):
             continue
         if matches(name, sharding.embeddings):
@@ -71,25 +75,6 @@ def apply(
             wrap_forward(module, _region(stream, wires.get(name)))
         elif matches(name, sharding.closing):
             wrap_forward(module, lambda forward, x, stream=stream: stream.enter(forward(x)))
-
-
-def _split(module: nn.Module, name: str, dim: int | None, mesh: DeviceMesh, *, summed: bool) -> None:
-    """Store a parameter as a DTensor, split along a dimension or replicated, and show the module its local part.
-
-    `summed` adds the gradients of a replicated one, as each rank sees a part of the tokens or heads.
-    """
-    parameter = module._parameters[name]
-    assert parameter is not None
-    placement = Replicate() if dim is None else Shard(dim)
-    split = distribute_tensor(parameter.data, mesh, [placement], src_data_rank=None)
-    module._parameters[name] = nn.Parameter(split, requires_grad=parameter.requires_grad)
-
-    def local(stored: Any) -> Tensor:
-        if stored.device_mesh != mesh:  # FSDP, which has sharded it further, looks at its own; nobody computes with it
-            return stored
-        return Enter.apply(stored.to_local(), mesh.get_group()) if summed else stored.to_local()
-
-    add_view(module, name, local)
 
 
 def _region(stream: Stream, wire: Wire | None) -> Callable[..., Tensor]:

@@ -7,10 +7,12 @@ parameter itself keeps its name, its place in the state dict and its gradient. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 View = Callable[[Tensor], Tensor]
 
@@ -32,6 +34,25 @@ def _reader(name: str) -> Callable[[Any], Tensor]:
         return module._titan_views[name](module._parameters[name])
 
     return read
+
+
+def split(
+    module: nn.Module, name: str, mesh: DeviceMesh, dims: Sequence[int | None], view: View = lambda local: local
+) -> None:
+    """Store a parameter as a DTensor, split along one dimension for each axis of a mesh (None: replicated), and show
+    the module what a view makes of its local part. What is split already stays as it is."""
+    parameter = module._parameters[name]
+    if parameter is None or isinstance(parameter, DTensor):
+        return
+    placements = [Replicate() if dim is None else Shard(dim % parameter.dim()) for dim in dims]
+    stored = distribute_tensor(parameter.data, mesh, placements, src_data_rank=None)
+    module._parameters[name] = nn.Parameter(stored, requires_grad=parameter.requires_grad)
+
+    def local(stored: Any) -> Tensor:
+        # what FSDP has sharded further is on its mesh; only FSDP looks at it then, and nobody computes with it
+        return view(stored.to_local()) if stored.device_mesh == mesh else stored
+
+    add_view(module, name, local)
 
 
 class Passage(nn.Module):

@@ -68,7 +68,7 @@ def choose(model: nn.Module, declared: Sequence[Parameter], rules: Rules, shardi
     for name, layer in _linears(model):
         rows, columns = layer.weight.shape
         dim = sharding.split_dim(name)
-        mine = (rows // tp if dim == 0 else rows, columns // tp if dim == 1 else columns)
+        mine = (rows // tp if dim == -2 else rows, columns // tp if dim == -1 else columns)
         reason = _reason(name, mine, roles[f"{name}.weight"], rules)
         if reason is None:
             chosen[name] = layer

@@ -16,11 +16,11 @@ from titan_core.data.tokenizer import Tokenizer, load_tokenizer
 from titan_core.declare.family import Family
 from titan_core.models import resolve
 from titan_core.nn.loss import LossAndSlope, loss_and_slope
-from titan_core.optim.build import build_optimizer
+from titan_core.optim.build import build_optimizer, set_lr
 from titan_core.parallel import data_parallel, legal, pipeline
 from titan_core.parallel.context import Cutter
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
-from titan_core.parallel.materialise import materialise
+from titan_core.parallel.materialise import materialise, stored_buffers
 from titan_core.parallel.mesh import Layout, Mesh
 from titan_core.parallel.parallelize import Parallel, Part, parallelize, parts_of
 from titan_core.parallel.pipeline import Pipeline
@@ -32,6 +32,7 @@ from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Listener, Note
 from titan_core.tasks.causal_lm import CausalLM
+from titan_core.training.balance import Balance, prepare, set_backend
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Parts:
     cutter: Cutter
     optimizer: torch.optim.Optimizer
     loader: BatchLoader
+    balance: Balance
     said: list[str]
     reports: list[Callable[[], str]]
 
@@ -67,8 +69,14 @@ class Parts:
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
-        """The model's buffers by name."""
-        return {name: b for model in self.models for name, b in model.named_buffers()}
+        """The model's buffers by name, those that are stored."""
+        return {name: b for model in self.models for name, b in stored_buffers(model).items()}
+
+    def update(self, lr: float) -> None:
+        """Move the weights by their gradients, and the biases of experts by their loads."""
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.balance.update()
 
     @property
     def counts(self) -> bool:
@@ -96,6 +104,7 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     _check_vocabulary(tokenizer, sizes)
     rows = global_batch_size(config, layout, global_batch, listener)
     built = build_model(config, world, mesh, family, sizes, seed, rows)
+    balance = prepare(built.models, family, sizes, config, mesh, rows)
     parameters = {name: p for model in built.models for name, p in model.named_parameters()}
     optimizer = build_optimizer(parameters, family.parameters(sizes), config.optimizer)
     loader = build_train_loader(
@@ -110,7 +119,7 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     cutter = Cutter(layout, mesh.at["cp"], config.parallelism.context_parallel_rotate_method)
     return Parts(
         config, world, mesh, family, sizes, seed, rows, tokenizer, built.models, built.task, built.parallel, cutter,
-        optimizer, loader, built.said, built.reports,
+        optimizer, loader, balance, built.said, built.reports,
     )  # fmt: skip
 
 
@@ -149,6 +158,7 @@ def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torc
     parts: list[Part] = []
     laid: list[DataParallel] = []
     for model, cut in parts_of(family, sizes, mesh, config):
+        grouped = set_backend(model, config, device)
         quantized = convert(model, family, sizes, config, mesh.layout, device)
         task = CausalLM(model, document_masks=_document_masks(sizes), inner_loss=inner)
         task.backward_twice = cut is not None and config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
@@ -156,7 +166,7 @@ def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torc
         stage, words = parallelize(parts[-1], family, mesh, config)
         laid.append(stage)
         precompute_scales(stage.module, config)
-        said = quantized + words + said if len(parts) == 1 else said
+        said = quantized + words + grouped + said if len(parts) == 1 else said
     return LaidOut(parts, laid, said, reports)
 
 

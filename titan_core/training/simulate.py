@@ -200,7 +200,13 @@ def _axes(mesh: Mesh) -> dict[str, str]:
     """Name the process groups by the axes that they run along."""
     named = {"replicate": mesh.replicate.get_group(), "fsdp": mesh.parameters["fsdp"].get_group()}
     named |= {"tensor": mesh.tp.get_group(), "context": mesh.cp_group, "pipeline": mesh.pp_group}
-    return {group.group_name: axis for axis, group in named.items()}
+    if mesh.layout.ep > 1:
+        named |= {"expert": mesh.experts["ep"].get_group(), "expert fsdp": mesh.experts["expert_fsdp"].get_group()}
+    found: dict[str, str] = {}
+    for axis, group in named.items():  # axes over the same ranks may share a group
+        known = found.get(group.group_name)
+        found[group.group_name] = axis if known is None else f"{known}, {axis}"
+    return found
 
 
 def _local(x: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ def forward_backward(parts: Parts, read: Callable[[], Batch]) -> Outcome:
     weight = torch.stack([parts.task.weight(batch) for batch in batches]).sum().float()
     total = _all_reduce(weight * parts.counts, parts)
     loss_sum = parts.parallel.forward_backward(batches, 1 / total.clamp(min=1))
+    parts.balance.collect()
     stages = parts.mesh.pp_group if parts.mesh.layout.pp > 1 else None
     norm = clip_grad_norm(parts.parameters.values(), parts.config.training.max_norm, stages)
     return _agree(loss_sum, weight, norm, parts)

@@ -18,7 +18,6 @@ from titan_core.estimation.flops import flops_per_token
 from titan_core.observe.metrics import StepMeter
 from titan_core.observe.oom import explain_out_of_memory
 from titan_core.observe.profiler import Profiler
-from titan_core.optim.build import set_lr
 from titan_core.optim.schedule import lr_factor
 from titan_core.parallel.data_parallel import DTYPES
 from titan_core.runtime import events
@@ -135,8 +134,7 @@ class Trainer:
         if verdict == "skip":
             self._warn(f"step {step} is skipped: {self.guard.reason}")
         else:
-            set_lr(self.parts.optimizer, lr)
-            self.parts.optimizer.step()
+            self.parts.update(lr)
         self._count(step, outcome, lr)
 
     def _read(self) -> Batch:
@@ -167,6 +165,7 @@ class Trainer:
             lr=lr,
             total_tokens=self.progress.tokens,
         )
+        done.extra.update(self.parts.balance.metrics())
         self.listener(done)
 
     def _validate(self, step: int, stop: StopRequest) -> str | None:

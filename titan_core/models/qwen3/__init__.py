@@ -1,4 +1,4 @@
-"""Qwen3, dense."""
+"""Qwen3, dense and mixtures of experts."""
 
 from titan_core.declare import decoder
 from titan_core.declare.family import Family, lazily
