@@ -4,6 +4,7 @@ A program takes one row and passes over it twice: once for the largest logit and
 softmax - onehot. 3 * N*V numbers move at most; at a vocabulary of 128,256 a bf16 row is 256 KB, so that the second
 pass of as many rows as a Hopper GPU has multiprocessors finds them in its 50 MB of L2.
 """
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

@@ -186,6 +186,18 @@ def test_processes_exchange_as_plain_collectives_do(capacity: int, align: int) -
                 assert torch.equal(a, b)
 
 
+def _ask_for_different_rows() -> str:
+    rank = torch.distributed.get_rank()
+    with pytest.raises(ValueError, match="must ask for the same exchange") as caught:
+        SymmetricExchange.make(rows=8 + rank, width=4, dtype=torch.float32, num_experts=1)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(not interpreting(), reason="ranks are forked")
+def test_ranks_that_ask_for_different_exchanges_are_told() -> None:
+    assert "rows=9" in run_ranks(_ask_for_different_rows, 2)[0]
+
+
 def test_segments_are_placed_by_expert_then_by_source() -> None:
     starts, ends = place_by_expert(torch.tensor([[3, 0], [2, 5]], dtype=torch.int32), 4)
     assert starts.tolist() == [[0, 8], [3, 8]]
