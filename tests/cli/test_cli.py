@@ -519,7 +519,7 @@ def test_completions_install(tmp_path: Path, monkeypatch, capsys) -> None:
         (["completions", "install", "--shell", "f"], ["fish"]),
         (["config", "list", "guard.spike_w"], ["guard.spike_window"]),
         (["config", "diff", "llama3_8b", "llama3_1"], ["llama3_1b"]),
-        (["bench", "moe-"], ["moe-gemm"]),
+        (["bench", "moe-g"], ["moe-gemm"]),
         (["bench-kernels", "coll"], ["collectives"]),
         (["generate", "llm", "--checkpoint", "o"], []),
         (["nosuch", ""], []),
