@@ -57,28 +57,34 @@ def test_declared_parameters_are_those_of_the_module(name: str, flavor: str) -> 
     sizes = known.flavors[flavor]
     with torch.device("meta"):
         model = known.build(sizes)
-    declared = [(p.name, p.shape) for p in known.parameters(sizes) if p.tied_to is None]
-    assert declared == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    own = [p for p in known.parameters(sizes) if p.tied_to is None]
+    assert [(p.name, p.shape) for p in own if p.trained] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert {p.name: p.shape for p in own} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
     assert known.weights is not None
     assert known.weights.read_config(known.weights.write_config(sizes)) == sizes or flavor.startswith("debugmodel_")
 
 
 @pytest.mark.parametrize(
-    ("flavor", "count"),
+    ("name", "flavor", "count"),
     [
-        ("0.6B", 596_049_920),
-        ("1.7B", 1_720_574_976),
-        ("4B", 4_022_468_096),
-        ("8B", 8_190_735_360),
-        ("14B", 14_768_307_200),
-        ("32B", 32_762_123_264),
+        ("qwen3", "0.6B", 596_049_920),
+        ("qwen3", "1.7B", 1_720_574_976),
+        ("qwen3", "4B", 4_022_468_096),
+        ("qwen3", "8B", 8_190_735_360),
+        ("qwen3", "14B", 14_768_307_200),
+        ("qwen3", "32B", 32_762_123_264),
+        ("qwen3", "30B-A3B", 30_532_122_624),
+        ("qwen3", "235B-A22B", 235_093_634_560),
+        ("deepseek_v3", "16B", 15_706_484_224),
+        ("deepseek_v3", "236B", 235_741_434_880),
+        ("deepseek_v3", "671B", 671_026_419_200),  # 58 x 256 of them are biases of scores
     ],
 )
-def test_published_sizes_of_qwen3(flavor: str, count: int) -> None:
+def test_published_sizes(name: str, flavor: str, count: int) -> None:
     from titan_core.estimation.flops import count_parameters
 
-    qwen = family("qwen3")
-    assert count_parameters(qwen.parameters(qwen.flavors[flavor])).total == count
+    known = family(name)
+    assert count_parameters(known.parameters(known.flavors[flavor])).total == count
 
 
 def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path) -> None:

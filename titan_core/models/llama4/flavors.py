@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from titan_core.config.schema import Positive, PositiveFloat
-from titan_core.declare.decoder import DecoderSizes
+from titan_core.declare.decoder import GroupedQuerySizes
 from titan_core.declare.parameters import Attention
 from titan_core.declare.rope import RopeScaling
 
@@ -20,7 +20,7 @@ class Temperature:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama4Sizes(DecoderSizes):
+class Llama4Sizes(GroupedQuerySizes):
     """Everything that determines the shape and the arithmetic of a Llama 4 whose layers are all dense.
 
     Every `global_every`-th layer has no rotation and sees all that came before (iRoPE); the others rotate and see their

@@ -14,7 +14,7 @@ from titan_core.runtime.errors import UsageError
 
 def hf_rules(sizes: Llama4Sizes) -> list[Rule]:
     """Map to the names of `Llama4ForCausalLM`."""
-    return hf_decoder.links(sizes, (), mlp="feed_forward")
+    return hf_decoder.links(sizes, hf_decoder.grouped_query(()), mlp="feed_forward")
 
 
 def read_config(config: Mapping[str, Any]) -> Llama4Sizes:
@@ -31,6 +31,7 @@ def read_config(config: Mapping[str, Any]) -> Llama4Sizes:
     sizes = read.sizes(
         Llama4Sizes,
         **common,
+        n_kv_heads=hf_decoder.read_kv_heads(read),
         head_dim=read.integer("head_dim", 128),
         rope_scaling=read_llama3_scaling(read),
         global_every=read.integer("no_rope_layer_interval", 4),
