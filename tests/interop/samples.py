@@ -132,6 +132,12 @@ def llama4_scaled() -> Any:
     return llama4(rope_parameters=rope, use_qk_norm=False, attn_temperature_tuning=False)
 
 
+def llama4_experts(**changes: Any) -> Any:
+    """Every second layer is a mixture; 12 experts in one tensor."""
+    experts = {"num_local_experts": 12, "intermediate_size": 14, "moe_layers": None, "interleave_moe_layer_step": 2}
+    return llama4(**{**experts, "num_experts_per_tok": 1, **changes})
+
+
 MODELS = {
     "deepseek_v3": deepseek_v3,
     "deepseek_v2": deepseek_v2,
@@ -143,6 +149,7 @@ MODELS = {
     "qwen3 experts": qwen_moe,
     "llama4": llama4,
     "llama4 scaled": llama4_scaled,
+    "llama4 experts": llama4_experts,
 }
 
 

@@ -75,6 +75,8 @@ def test_declared_parameters_are_those_of_the_module(name: str, flavor: str) -> 
         ("qwen3", "32B", 32_762_123_264),
         ("qwen3", "30B-A3B", 30_532_122_624),
         ("qwen3", "235B-A22B", 235_093_634_560),
+        ("llama4", "17bx16e", 107_769_861_120),
+        ("llama4", "17bx128e", 400_711_848_960),
         ("deepseek_v3", "16B", 15_706_484_224),
         ("deepseek_v3", "236B", 235_741_434_880),
         ("deepseek_v3", "671B", 671_026_419_200),  # 58 x 256 of them are biases of scores
@@ -87,15 +89,15 @@ def test_published_sizes(name: str, flavor: str, count: int) -> None:
     assert count_parameters(known.parameters(known.flavors[flavor])).total == count
 
 
-def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+def test_mixtures_in_odd_layers_are_refused_by_name(tmp_path: Path) -> None:
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     from titan_core.runtime.errors import UsageError
 
     config = Llama4TextConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, num_local_experts=2,
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, moe_layers=[0, 2], intermediate_size_mlp=8,
     )  # fmt: skip
     Llama4ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="2 of 2 layers are mixtures of experts"):
+    with pytest.raises(UsageError, match=r"`moe_layers` is \[0, 2\], and titan computes mixtures in every n-th layer"):
         open_weights(str(tmp_path))
