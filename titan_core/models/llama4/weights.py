@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from titan_core.declare import hf_decoder
-from titan_core.declare.hf_decoder import OURS, THEIRS
 from titan_core.declare.hf_config import Config, read_llama3_scaling, write_llama3_scaling
+from titan_core.declare.hf_decoder import OURS, THEIRS
 from titan_core.declare.weights import Link, Part, Rule, Transpose, Weights
 from titan_core.models.llama4.flavors import Llama4Sizes, Temperature
 from titan_core.runtime.errors import UsageError
