@@ -114,6 +114,12 @@ def test_other_families(model: str, layout: str, tmp_path: Path) -> None:
     assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone(model))
 
 
+def test_recomputation_by_operation(tmp_path: Path) -> None:
+    chosen = {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"}
+    settings = {**settings_of(LAYOUTS["expert"], MODELS["deepseek_v3"]), **chosen}
+    assert_same(first_steps(tiny(tmp_path, **settings), 2), alone("deepseek_v3"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", EIGHT)
 def test_experts_on_eight_ranks(layout: str, tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask, scale:
     """
     if _trains_on_cpu(q_BTHC, k_BSKC, mask):
         return causal_attention(q_BTHC, k_BSKC, v_BSKC, scale)
+    width = v_BSKC.shape[-1]
+    if planning() and width < k_BSKC.shape[-1]:  # a GPU's fused kernels take two widths, the CPU's takes one
+        wide = F.pad(v_BSKC, (0, k_BSKC.shape[-1] - width))
+        return attention(q_BTHC, k_BSKC, wide, mask, scale)[..., :width]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
     how: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if mask.blocks is not None:
