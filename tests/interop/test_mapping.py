@@ -24,6 +24,9 @@ class Memory:
     def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         return self.values[name][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
 
+    def locate(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> None:
+        return None
+
 
 def parameter(name: str, *shape: int) -> Parameter:
     return Parameter(name, shape, "hidden", Constant(0.0))

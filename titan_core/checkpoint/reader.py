@@ -186,7 +186,7 @@ class Reader(StorageReader):
             raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
         if len(data) != length:
             raise CheckpointError(f"the file ends before byte {offset + length}: it is truncated", where=where)
-        if self.check and self.manifest.pieces.get(name, {}).get(offset) != (length, content_hash(data)):
+        if self.check and self.manifest.pieces.get(name, {}).get(offset) != (length, content_hash(data, self.manifest.version)):
             message = f"bytes {offset} to {offset + length} do not have the manifest's hash: damaged"
             raise CheckpointError(message, where=where)
         try:

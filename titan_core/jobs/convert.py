@@ -29,6 +29,7 @@ from titan_core.jobs import foreign
 from titan_core.jobs.export_files import hf_files, meta_files
 from titan_core.jobs.foreign import Opened, open_weights
 from titan_core.jobs.partial import Partial
+from titan_core.runtime.disk import WriteBehind
 from titan_core.runtime.errors import CheckpointError, MachineError, UsageError
 from titan_core.runtime.events import Listener, Note, Planned, Progress, Warned, silent
 from titan_core.runtime.host_memory import keep_freed_memory
@@ -120,8 +121,9 @@ def _make(
         if kept and ranks.is_main:
             listener(Note(f"going on: {kept:,} bytes are there"))
         todo = [job for job in ours if job.number not in known]
-        known |= ranks.agree(lambda: _work(view, sink, todo, partial, ranks, listener), target)
-        verify_seconds = _verify(sink, ours, known, ranks, listener) if verify else None
+        with WriteBehind() as behind:
+            known |= ranks.agree(lambda: _work(view, sink, todo, partial, behind, ranks, listener), target)
+            verify_seconds = _verify(sink, ours, known, ranks, listener) if verify else None
         known = {number: record for found in ranks.gather(known, target) for number, record in found.items()}
         ranks.agree(lambda: _finish(sink, known, partial) if ranks.is_main else None, target)
     except Exception:
@@ -236,6 +238,7 @@ class _SingleFile(Partial):
 
     def commit(self) -> None:
         """Move the file and remove the folder."""
+        self.sync()
         (self.folder / self.target.name).rename(self.target)
         self.abandon()
 
@@ -272,13 +275,20 @@ def _sound(sink: Any, jobs: list[stream.Job], partial: Partial) -> dict[int, dic
 
 
 def _work(
-    view: Source, sink: Any, todo: list[stream.Job], partial: Partial, ranks: Ranks, listener: Listener
+    view: Source,
+    sink: Any,
+    todo: list[stream.Job],
+    partial: Partial,
+    behind: WriteBehind,
+    ranks: Ranks,
+    listener: Listener,
 ) -> dict[int, dict[str, Any]]:
     """Do this rank's jobs and note each in the journal."""
     records: dict[int, dict[str, Any]] = {}
 
     def done(job: stream.Job, record: dict[str, Any]) -> None:
         partial.record(ranks.rank, job.number, record)
+        behind.start(sink.path(job))
         records[job.number] = record
 
     stream.run(view, sink, todo, done=done, progress=_counter("convert", todo, ranks, listener))
@@ -294,9 +304,13 @@ def _verify(
 
     def work() -> None:
         problems: list[str] = []
-        for job in jobs:
-            problems += sink.check(job, records[job.number])
-            count(job.num_bytes)
+
+        def check(job: stream.Job, meter: stream.Meter) -> list[str]:
+            found = sink.check(job, records[job.number])
+            meter.add(job.num_bytes)
+            return found
+
+        stream.spread(check, jobs, done=lambda _, found: problems.extend(found), progress=count)
         if problems:
             message = f"{len(problems)} pieces differ from what was written: {'; '.join(problems[:4])}"
             raise CheckpointError(message, tip="the disk or the memory of this machine is not sound")
