@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from titan_core.checkpoint.local import LocalStorage
-from titan_core.checkpoint.manifest import VERSION, Manifest, new_hash
+from titan_core.checkpoint.manifest import Manifest, new_hash
 from titan_core.checkpoint.places import split
 from titan_core.checkpoint.reader import Reader
 from titan_core.checkpoint.saving import commit
@@ -32,7 +31,6 @@ from titan_core.runtime.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Index = Mapping[str, tuple[Shape, torch.dtype]]
-_READ_AT_ONCE = 64 << 20  # a larger stored piece is hashed in parts and then loaded, so that it is in memory once
 _KEEP = 256 << 20  # bytes of pieces kept for the next read
 
 
@@ -43,6 +41,7 @@ class StepSource:
         storage, folder = split(step_path)
         self._reader = Reader(storage, folder, check=check)
         self._kept: dict[tuple[str, int], Tensor] = {}
+        self._gates: dict[tuple[str, int], threading.Lock] = {}
         self._lock = threading.Lock()
         self.index: Index = {}
         self._chunks: dict[str, list[tuple[Shape, Shape, str, int, int]]] = {}
@@ -90,73 +89,34 @@ class StepSource:
         return tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
 
     def _piece(self, file: str, offset: int, length: int, shape: Shape, name: str) -> Tensor:
+        """Return a stored piece; several may be read at once, none twice at once."""
+        key = (file, offset)
         with self._lock:
-            kept = self._kept.get((file, offset))
+            gate = self._gates.setdefault(key, threading.Lock())
+        with gate:
+            kept = self._kept.get(key)
             if kept is not None:
                 return kept
-            while self._kept and sum(t.nbytes for t in self._kept.values()) + length > _KEEP:
-                self._kept.pop(next(iter(self._kept)))
             with self._reader.open(file) as handle:
-                if length <= _READ_AT_ONCE:
-                    piece = self._reader.read_piece(handle, file, offset, length)
-                else:
-                    piece = _load_large(self._reader, handle, file, offset, length)
+                piece = self._reader.read_piece(handle, file, offset, length)
             if tuple(piece.shape) != shape:
                 message = f"a piece of `{name}` is {list(piece.shape)}, the metadata says {list(shape)}"
                 raise CheckpointError(message, where=self._reader.step_path)
-            self._kept[file, offset] = piece
+            with self._lock:
+                while self._kept and sum(t.nbytes for t in self._kept.values()) + length > _KEEP:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[key] = piece
             return piece
 
 
-def _load_large(reader: Reader, handle: Any, file: str, offset: int, length: int) -> Tensor:
-    """Check and load a piece without its bytes and its numbers in memory at once."""
-    window, where = _Window(handle, offset, length), f"{reader.step_path}/{file}"
-    if reader.check:
-        if reader.manifest.pieces.get(file, {}).get(offset) != (length, window.hash(reader.manifest.version)):
-            raise CheckpointError(f"bytes {offset} to {offset + length} do not have the manifest's hash", where=where)
-        window.seek(0)
-    try:
-        piece = torch.load(window, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
-    except Exception as error:  # damaged archives raise nearly anything
-        raise CheckpointError(f"cannot read a tensor at byte {offset}: {error}", where=where) from error
-    if not isinstance(piece, Tensor):
-        raise CheckpointError(f"what lies at byte {offset} is not a tensor", where=where)
-    return piece
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, file: Any, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count
-
-    def hash(self, version: int) -> str:
-        """Return the hash that a manifest of a version has of this part."""
-        digest, buffer = new_hash(version), memoryview(bytearray(WRITE_AT_ONCE))
-        self.seek(0)
-        while count := self.readinto(buffer):
-            digest.update(buffer[:count])
-        return digest.hexdigest()[:32]
+def _hash_of(file: Any, offset: int, length: int) -> str:
+    """Return the hash of a part of a file, read again."""
+    digest, buffer = new_hash(), memoryview(bytearray(WRITE_AT_ONCE))
+    file.seek(offset)
+    while length and (count := file.readinto(buffer[: min(length, len(buffer))])):
+        digest.update(buffer[:count])
+        length -= count
+    return digest.hexdigest()
 
 
 class StepSink:
@@ -201,7 +161,7 @@ class StepSink:
         problems = []
         with self.path(job).open("rb", buffering=0) as file:
             for slab, (offset, length, wanted) in zip(job.slabs, record["pieces"], strict=True):
-                if _Window(file, offset, length).hash(VERSION) != wanted:
+                if _hash_of(file, offset, length) != wanted:
                     problems.append(f"`{slab.name}` in {job.file} is not what was written")
         return problems
 
