@@ -38,6 +38,11 @@ Route = Literal["hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-
 ROUTES: tuple[Route, ...] = ("hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = "fp8-block"
+# What the folders of a route's source hold, where it is not a step.
+_HOLDS = {
+    "hf": "config.json and *.safetensors; `titan download REPO` fetches one",
+    "meta": "params.json and consolidated.00.pth",
+}
 _STEP = 0  # a conversion's result is a run's state before its first step
 
 
@@ -143,6 +148,10 @@ def _peak_rss() -> int:
 def _open(route: Route, source: str, options: Options) -> Opened:
     """Open the source, and look that it has the format that the route says."""
     wanted = route.partition("-to-")[0]
+    if wanted in _HOLDS and "://" in source:
+        raise UsageError(f"`{source}` is not a local folder", tip="copy it to one first")
+    if wanted in _HOLDS and not Path(source).exists():
+        raise UsageError(f"there is nothing at `{source}`", tip=f"{route} reads a folder with {_HOLDS[wanted]}")
     kind = foreign.kind_of(source)
     if kind != wanted:
         fitting = [name for name in ROUTES if name.startswith(f"{kind}-to-")]
