@@ -149,7 +149,6 @@ def _remove(folder: Path) -> None:
             shutil.rmtree(folder)
 
 
-
 def _lock(handle: int) -> bool:
     """Lock a folder for this process's life; network file systems that cannot are taken as they are."""
     try:

@@ -124,7 +124,9 @@ def _describe(metadata: Metadata) -> dict[tuple[str, int], tuple[tuple[int, ...]
     """Return (data file, offset) -> (shape, dtype) of the pieces that the metadata knows."""
     found = {}
     for name, entry in metadata.state_dict_metadata.items():
-        for chunk in entry.chunks if isinstance(entry, TensorStorageMetadata) else ():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        for chunk in entry.chunks:
             info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
             if info is not None:
                 found[info.relative_path, info.offset] = (tuple(chunk.sizes), entry.properties.dtype)

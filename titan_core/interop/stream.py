@@ -20,7 +20,7 @@ from titan_core.runtime.distributed import ranks_from_environment
 from titan_core.runtime.torch_archive import bytes_view
 
 _MOST_THREADS = 4
-# A slab that is not copied as it is exists up to four times in each thread: as read, in fp32, in the order of either side.
+# A slab that is changed exists up to four times in each thread: as read, in fp32, in the order of either side.
 SLABS_IN_MEMORY = 4 * _MOST_THREADS
 _TELL_SECONDS = 0.1
 _LARGEST_SLAB = 64 << 20
@@ -56,7 +56,7 @@ class Sink(Protocol):
         ...
 
     def write(self, job: Job, pieces: Pieces) -> dict[str, Any]:
-        """Do a job; several may be done at once. The record (JSON) is for `check` and `finish`. What is written need not be on the disk yet."""
+        """Do a job, beside others. The record (JSON) is for `check` and `finish`. Nothing need be on the disk yet."""
         ...
 
     def check(self, job: Job, record: dict[str, Any]) -> list[str]:
