@@ -86,7 +86,7 @@ def save(
 @app.command(epilog="\b\nExample:\n  titan bench convert --gigabytes 8 --folder /scratch")
 def convert(
     ctx: typer.Context,
-    gigabytes: float = typer.Option(1.0, min=0.1, help="Size of the weights; three times that is needed on the disk."),
+    gigabytes: float = typer.Option(1.0, min=0.1, help="Size of the weights; twice that is needed on the disk."),
     rounds: int = typer.Option(3, min=1, help="Runs of each, in turn."),
     folder: str | None = typer.Option(None, metavar="DIR", help="Where to write; default: the temporary folder."),
 ) -> None:
