@@ -266,8 +266,16 @@ class SymmetricExchange:
     def make(
         cls, *, rows: int, width: int, dtype: torch.dtype, num_experts: int, group: dist.ProcessGroup | None = None
     ) -> SymmetricExchange:
-        """Allocate an exchange of `rows` rows of `width` numbers for a group whose ranks hold `num_experts` each."""
+        """Allocate an exchange of `rows` rows of `width` numbers for a group whose ranks hold `num_experts` each.
+
+        All ranks ask together, and for the same: a rank finds its peers' rows where its own would lie.
+        """
         layout = Layout(dist.get_world_size(group), num_experts, rows, width * dtype.itemsize)
+        asked: list[Any] = [None] * layout.world
+        dist.all_gather_object(asked, layout, group)
+        for rank, theirs in enumerate(asked):
+            if theirs != layout:
+                raise ValueError(f"all ranks must ask for the same exchange: here {layout}, on rank {rank} {theirs}")
         return cls(allocate(layout.total, group), layout, dist.get_rank(group))
 
     def route(self, rows_RD: Tensor, counts_WE: Tensor, capacity: int, align: int) -> tuple[Tensor, Route]:

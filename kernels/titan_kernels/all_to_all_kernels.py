@@ -6,6 +6,7 @@ travel as words, whatever their dtype. One announcement a round orders everythin
 The announcement is a kernel of its own: it begins when the rows are written, and ends before this rank waits for its
 peers, so that no program of this rank can keep it from running.
 """
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

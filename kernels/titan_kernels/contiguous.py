@@ -1,8 +1,8 @@
 """A grouped linear layer over blocks of rows: y = x @ weight[expert of the block].T.
 
 Shapes: R rows in B = R / block_rows blocks, E experts, O output width, I input width. All rows of a block share an
-expert; blocks of one expert need not be neighbours. A block whose expert is not in [0, E) belongs to nobody: its results
-and gradients are zero whatever its rows hold. This is the layout of DeepGEMM's contiguous GEMMs (m-indices a block).
+expert; blocks of one expert need not be neighbours. A block whose expert is not in [0, E) belongs to nobody: its
+results and gradients are zero whatever its rows hold. DeepGEMM's contiguous GEMMs have this layout (m-indices).
 """
 
 from __future__ import annotations

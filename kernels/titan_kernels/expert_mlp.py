@@ -4,8 +4,8 @@ Shapes: T tokens, K choices a token, R rows, E experts, D model width, F hidden 
 
 The gate is applied where the two products that it needs end, and its gradient where the product w2 grad ends, so the
 hidden rows are neither written for the gate nor stored for the backward pass: gate and up are, and hidden is computed
-anew. `routed_mlp` also gathers its rows while the first product loads them, and weighs them; the rows of tokens are then
-stored nowhere. The last product writes its rows and a second kernel sums them: scattering with atomics would lose
+anew. `routed_mlp` also gathers its rows while the first product loads them, and weighs them; the rows of tokens are
+then stored nowhere. The last product writes its rows and a second kernel sums them: scattering with atomics would lose
 reproducibility, and on Hopper time too (SonicMoE, arXiv 2512.14080, section 4).
 """
 
@@ -248,8 +248,8 @@ def _routed_backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None,
 _routed_mlp.register_autograd(_routed_backward, setup_context=_save_routed)
 
 
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.contiguous() for tensor in tensors)
+def _contiguous(w1: Tensor, w3: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return w1.contiguous(), w3.contiguous(), w2.contiguous()
 
 
 def _like(x: Tensor) -> Tensor:

@@ -8,6 +8,11 @@ Bound: 2*R*O*I operations; bytes (R*I + E*O*I + R*O) * e. At 128 x 256 tiles a b
 of shared-memory fill, so L2 feeds it where tiles that run together share rows (`group_m`).
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnbound=false
+# (a checker sees a kernel as the Python function that it is not)
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -155,7 +160,8 @@ def product(
         operand(x_RK, x_block, mapped), operand(weight, weight_block, mapped),
         operand(others[0], x_block, mapped), operand(others[1], weight_block, mapped),
         y, tiles, width_n, width_k, weight.shape[0],
-        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(x_RK),
+        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0,
+        PRECISION=dot_precision(x_RK),
         **blocks_of(config),
     )  # fmt: skip
     return y
@@ -171,7 +177,7 @@ def weight_gradient(
 ) -> Tensor:
     """Launch grad_weight[e] = grad[rows of e].T @ x[rows of e].
 
-    With `blocks`, `ends_E` counts blocks of `block_rows` rows (a multiple of block_k), and `blocks` says which they are.
+    With `blocks`, `ends_E` counts blocks of `block_rows` rows (a multiple of block_k), and `blocks` says which.
     """
     (num_rows, out), width = grad_RO.shape, x_RI.shape[1]
     config = config or config_for(x_RI, width)
@@ -292,7 +298,8 @@ def weight_block(
 @triton.jit
 def _product(
     x, weight, other_x, other_weight, y_ptr, tiles_ptr, width_n, width_k, num_experts,
-    PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(tiles_ptr)

@@ -23,13 +23,20 @@ ROUND_ROWS = 128  # rows of a chunk are a multiple of this: whole tiles for the 
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, *, chunk_logits: int = CHUNK
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    scale: Tensor | None = None,
+    chunk_logits: int = CHUNK,
 ) -> Tensor:
     """Return the sum over rows of -log softmax(hidden @ weight.T)[label], fp32; rows labelled -100 count nothing.
 
     Matmuls are in the dtype of `hidden_ND`, the softmax in fp32, the weight's gradient is summed over chunks in fp32.
-    Gradients are formed in the forward and scaled in place in the backward, which can run once. A label outside the
-    vocabulary makes the loss NaN. `chunk_logits` bounds the logits that exist at once.
+    Gradients are formed in the forward and scaled in place in the backward, which can run once; where the gradient that
+    comes is 1, it does nothing. So pass as `scale`, an fp32 scalar on the device, what the loss is to be multiplied
+    with, e.g. 1 / number of targets. A label outside the vocabulary makes the loss NaN. `chunk_logits` bounds the
+    logits that exist at once.
     """
     if hidden_ND.dim() != 2 or weight_VD.dim() != 2 or labels_N.dim() != 1:
         raise ValueError("linear_cross_entropy() takes hidden (N, D), weight (V, D) and labels (N)")
@@ -38,14 +45,17 @@ def linear_cross_entropy(
             f"linear_cross_entropy(): hidden {tuple(hidden_ND.shape)} does not fit weight {tuple(weight_VD.shape)} and "
             f"{labels_N.shape[0]} labels"
         )
-    wanted = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
     rows = _rows_of_chunk(weight_VD.shape[0], chunk_logits)
-    return torch.ops.titan_kernels.linear_cross_entropy(hidden_ND, weight_VD, labels_N, rows, wanted)[0]
+    return torch.ops.titan_kernels.linear_cross_entropy(hidden_ND, weight_VD, labels_N, scale, rows, *wanted)[0]
 
 
-def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, slope: bool = True) -> Tensor:
-    """Return each row's loss, fp32, and with `slope` overwrite the logits by softmax - onehot, 0 in ignored rows."""
-    return torch.ops.titan_kernels.cross_entropy_(logits_NV, labels_N, slope)
+def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, scale: Tensor | None = None, slope: bool = True) -> Tensor:
+    """Return each row's loss, fp32, and with `slope` overwrite the logits by softmax - onehot, 0 in ignored rows.
+
+    Both are multiplied with the fp32 scalar `scale`.
+    """
+    return torch.ops.titan_kernels.cross_entropy_(logits_NV, labels_N, scale, slope)
 
 
 def reference_linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
@@ -55,16 +65,20 @@ def reference_linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_
     return torch.nn.functional.cross_entropy(logits, labels_N, ignore_index=IGNORE, reduction="sum")
 
 
-def reference_cross_entropy_(logits_NV: Tensor, labels_N: Tensor, slope: bool = True) -> Tensor:
+def reference_cross_entropy_(
+    logits_NV: Tensor, labels_N: Tensor, scale: Tensor | None = None, slope: bool = True
+) -> Tensor:
     """`cross_entropy_` in plain torch."""
     valid = labels_N[:, None] != IGNORE
     outside = (valid & ((labels_N[:, None] < 0) | (labels_N[:, None] >= logits_NV.shape[1]))).any(1)
     target = labels_N[:, None].clamp(0, logits_NV.shape[1] - 1)
     log_probs = logits_NV.to(_wide(logits_NV)).log_softmax(-1)
     losses = -(log_probs.gather(-1, target)).where(valid, 0)[:, 0]
+    losses = losses if scale is None else losses * scale
     if slope:
         ones = torch.ones_like(target, dtype=log_probs.dtype)
-        logits_NV.copy_(log_probs.exp().scatter_add(-1, target, -ones).where(valid, 0))
+        slopes = log_probs.exp().scatter_add(-1, target, -ones).where(valid, 0)
+        logits_NV.copy_(slopes if scale is None else slopes * scale)
     return losses.masked_fill(outside, torch.nan)
 
 
@@ -78,35 +92,58 @@ def _rows_of_chunk(vocabulary: int, chunk_logits: int) -> int:
 
 
 @torch.library.custom_op("titan_kernels::cross_entropy_", mutates_args={"logits_NV"})
-def _cross_entropy(logits_NV: Tensor, labels_N: Tensor, slope: bool) -> Tensor:
+def _cross_entropy(logits_NV: Tensor, labels_N: Tensor, scale: Tensor | None, slope: bool) -> Tensor:
     if runs_triton(logits_NV):
         from titan_kernels import linear_cross_entropy_kernels
 
-        return linear_cross_entropy_kernels.cross_entropy_(logits_NV, labels_N.contiguous(), slope)
-    return reference_cross_entropy_(logits_NV, labels_N, slope)
+        return linear_cross_entropy_kernels.cross_entropy_(logits_NV, labels_N.contiguous(), scale, slope)
+    return reference_cross_entropy_(logits_NV, labels_N, scale, slope)
 
 
 @_cross_entropy.register_fake
-def _(logits_NV: Tensor, labels_N: Tensor, slope: bool) -> Tensor:
+def _(logits_NV: Tensor, labels_N: Tensor, scale: Tensor | None, slope: bool) -> Tensor:
     return logits_NV.new_empty(logits_NV.shape[0], dtype=_wide(logits_NV))
+
+
+@torch.library.custom_op("titan_kernels::scale_", mutates_args={"x"})
+def _scale(x: Tensor, factor: Tensor) -> None:
+    """Multiply in place with a scalar; on a GPU a factor of 1, which only the device knows, costs a launch."""
+    if runs_triton(x):
+        from titan_kernels import linear_cross_entropy_kernels
+
+        linear_cross_entropy_kernels.scale_(x, factor)
+    else:
+        x.mul_(factor)
+
+
+@_scale.register_fake
+def _(x: Tensor, factor: Tensor) -> None:
+    return None
 
 
 @torch.library.custom_op("titan_kernels::linear_cross_entropy", mutates_args=())
 def _forward(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, wanted: bool
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    scale: Tensor | None,
+    rows: int,
+    wants_hidden: bool,
+    wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight_VD.to(hidden_ND.dtype)
     total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
-    grad_hidden = torch.empty_like(hidden_ND) if wanted else hidden_ND.new_empty(0)
+    grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else hidden_ND.new_empty(0)
     grad_weight: Tensor | None = None
     for start in range(0, hidden_ND.shape[0], rows):
         part = slice(start, start + rows)
         logits = hidden_ND[part] @ weight.T
-        total += cross_entropy_(logits, labels_N[part], wanted).sum()
-        if wanted:
+        total += cross_entropy_(logits, labels_N[part], scale, wants_hidden or wants_weight).sum()
+        if wants_hidden:
             torch.mm(logits, weight, out=grad_hidden[part])
+        if wants_weight:
             grad_weight = _accumulate(grad_weight, logits.T, hidden_ND[part], hidden_ND.shape[0] > rows)
-    if not wanted:
+    if not wants_weight:
         return total, grad_hidden, weight_VD.new_empty(0)
     return total, grad_hidden, (torch.zeros_like(weight) if grad_weight is None else grad_weight).to(weight_VD.dtype)
 
@@ -124,10 +161,18 @@ def _accumulate(into: Tensor | None, a: Tensor, b: Tensor, more: bool) -> Tensor
 
 
 @_forward.register_fake
-def _(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, rows: int, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (hidden_ND.shape, weight_VD.shape) if wanted else ((0,), (0,))
+def _(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    scale: Tensor | None,
+    rows: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     total = hidden_ND.new_empty((), dtype=_wide(hidden_ND))
-    return total, hidden_ND.new_empty(shapes[0]), weight_VD.new_empty(shapes[1])
+    grad_hidden = hidden_ND.new_empty(hidden_ND.shape if wants_hidden else (0,))
+    return total, grad_hidden, weight_VD.new_empty(weight_VD.shape if wants_weight else (0,))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -137,11 +182,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 5
     if grad is None:
-        return None, None, None, None, None
-    hidden, weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
-    return hidden.mul_(grad) if wanted[0] else None, weight.mul_(grad) if wanted[1] else None, None, None, None
+        return None, None, *rest
+    wanted = [x if needed else None for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+    for x in wanted:
+        if x is not None:
+            torch.ops.titan_kernels.scale_(x, grad)
+    return *wanted, *rest
 
 
 _forward.register_autograd(_backward, setup_context=_save)

@@ -1,9 +1,10 @@
-"""Triton kernel of `linear_cross_entropy.py`: logits to losses and, in place, to their gradient.
+"""Triton kernels of `linear_cross_entropy.py`: logits to losses and, in place, to their gradient; and its scaling.
 
 A program takes one row and passes over it twice: once for the largest logit and the sum of exponentials, once to write
 softmax - onehot. 3 * N*V numbers move at most; at a vocabulary of 128,256 a bf16 row is 256 KB, so that the second
 pass of as many rows as a Hopper GPU has multiprocessors finds them in its 50 MB of L2.
 """
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
@@ -12,34 +13,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titan_kernels.launch import num_programs
 from titan_kernels.linear_cross_entropy import IGNORE
 
+SCALED, WAVES = 8192, 4  # numbers a step of the scaling, and programs a multiprocessor
 BLOCK, NUM_WARPS = 8192, 16  # 16 numbers a thread: two 16-byte loads in bf16. Untuned: never measured on a GPU
 LOG2_E = 1.4426950408889634
 SMALLEST = -3.0e38  # not -inf: exp2(-inf + inf) is NaN
 
 
-def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, slope: bool) -> Tensor:
+def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, scale: Tensor | None, slope: bool) -> Tensor:
     """Launch one program a row; `logits_NV` needs contiguous rows."""
     num_rows, vocabulary = logits_NV.shape
     losses = logits_NV.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
         block = min(BLOCK, triton.next_power_of_2(vocabulary))
         _cross_entropy[(num_rows,)](
-            logits_NV, labels_N, losses, vocabulary, logits_NV.stride(0),
-            IGNORE=IGNORE, SLOPE=slope, BLOCK=block, SCALE=LOG2_E, LEAST=SMALLEST,
+            logits_NV, labels_N, losses if scale is None else scale, losses, vocabulary, logits_NV.stride(0),
+            IGNORE=IGNORE, SLOPE=slope, SCALED=scale is not None, BLOCK=block, LOG2=LOG2_E, LEAST=SMALLEST,
             num_warps=max(4, NUM_WARPS * block // BLOCK),
         )  # fmt: skip
     return losses
 
 
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """Launch x *= factor, a scalar on the device; nothing is read or written where it is 1."""
+    if x.numel():
+        programs = min(triton.cdiv(x.numel(), SCALED), WAVES * num_programs(x))
+        _scale[(programs,)](x, factor, x.numel(), BLOCK=SCALED, num_warps=8)
+
+
+@triton.jit
+def _scale(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        while start < size:
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < size).to(tl.float32) * factor
+            tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < size)
+            start += tl.num_programs(0).to(tl.int64) * BLOCK
+
+
 @triton.jit
 def _cross_entropy(
-    logits_ptr, labels_ptr, losses_ptr, vocabulary, stride,
-    IGNORE: tl.constexpr, SLOPE: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, LEAST: tl.constexpr,
+    logits_ptr, labels_ptr, scale_ptr, losses_ptr, vocabulary, stride, IGNORE: tl.constexpr, SLOPE: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK: tl.constexpr, LOG2: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
+    scale = tl.load(scale_ptr).to(tl.float32) if SCALED else 1.0
     row_ptr = logits_ptr + row * stride
     column = tl.arange(0, BLOCK)
     if label == IGNORE:
@@ -55,15 +78,15 @@ def _cross_entropy(
         total = tl.zeros((), tl.float32)
         for start in range(0, vocabulary, BLOCK):
             mask = start + column < vocabulary
-            x = tl.load(row_ptr + start + column, mask=mask, other=-float("inf")).to(tl.float32) * SCALE
+            x = tl.load(row_ptr + start + column, mask=mask, other=-float("inf")).to(tl.float32) * LOG2
             before = largest
             largest = tl.maximum(before, tl.max(x, 0))
             total = total * tl.exp2(before - largest) + tl.sum(tl.exp2(x - largest), 0)
         log_total = largest + tl.log2(total)
-        tl.store(losses_ptr + row, log_total / SCALE - own)
+        tl.store(losses_ptr + row, (log_total / LOG2 - own) * scale)
         if SLOPE:
             for start in range(0, vocabulary, BLOCK):
                 mask = start + column < vocabulary
-                x = tl.load(row_ptr + start + column, mask=mask, other=0.0).to(tl.float32) * SCALE
+                x = tl.load(row_ptr + start + column, mask=mask, other=0.0).to(tl.float32) * LOG2
                 slope = tl.exp2(x - log_total) - tl.where(start + column == label, 1.0, 0.0)
-                tl.store(row_ptr + start + column, slope.to(logits_ptr.dtype.element_ty), mask=mask)
+                tl.store(row_ptr + start + column, (slope * scale).to(logits_ptr.dtype.element_ty), mask=mask)

@@ -152,7 +152,8 @@ def _place(experts_TK: Tensor, num_experts: int, align: int) -> tuple[Tensor, Te
 
         num_rows = placement_rows(experts_TK.numel(), num_experts, align)
         return permutation_kernels.place(experts_TK.contiguous(), num_experts, align, num_rows)
-    return tuple(reference_place(experts_TK, num_experts, align))
+    counts, ends, row, source = reference_place(experts_TK, num_experts, align)
+    return counts, ends, row, source
 
 
 @_place.register_fake

@@ -4,6 +4,11 @@ Bytes that must move, with e bytes an element: permute T*D*e read (a token's K r
 unpermute the same the other way. Placement moves a few integers an assignment; what it costs is its three launches.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnbound=false
+# (a checker sees a kernel as the Python function that it is not)
+
 from __future__ import annotations
 
 import torch

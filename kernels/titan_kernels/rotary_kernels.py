@@ -2,6 +2,7 @@
 
 The input may be a view with any strides but for the last dimension, as the parts of a fused qkv product are.
 """
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
 """Triton kernels of `swiglu.py`: 3 * N*F numbers move in the forward, 5 * N*F in the backward."""
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

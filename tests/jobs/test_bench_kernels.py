@@ -149,6 +149,19 @@ def test_every_backend_of_this_machine_is_right(name: str) -> None:
         assert list(verdicts.values()).count("right") > 1 or name == "quant", rows
 
 
+@pytest.mark.parametrize("imbalance", [0.0, 1.0])
+def test_float8_products_are_right(imbalance: float) -> None:
+    request = Request(shapes=(Grouped(70, 144, 160, 3),), dtype="fp8", imbalance=imbalance, reduced=True)
+    cases = list(moe_gemm.cases(request, draw()))
+    recipes = [(case.shape.split()[-1], case.part) for case in cases]
+    assert recipes[:3] == [("blockwise", "fwd"), ("rowwise", "fwd"), ("casts", "fwd")]
+    assert ("blockwise", "dw") in recipes
+    for case in cases:
+        rows = run_case(case, timer(), ROOFLINE, ())
+        assert {row.verdict for row in rows} <= {"right", "absent"}, rows
+        assert rows[0].verdict == "right", rows
+
+
 def test_rows_are_shared_or_skewed() -> None:
     assert moe_gemm.share_rows(10, 4, 0.0) == [3, 3, 2, 2]
     assert moe_gemm.share_rows(10, 4, 1.0) == [10, 0, 0, 0]

@@ -76,8 +76,9 @@ def test_traced_as_a_whole_it_is_the_same(name: str) -> None:
         (OPS.rms_norm, lambda: (wide(5, 12), wide(12), 1e-5)),
         (OPS.rotate_pairs, lambda: (wide(2, 3, 2, 8), *(x[None] for x in angles()), False)),
         (OPS.swiglu, lambda: (wide(4, 6), wide(4, 6))),
-        (OPS.linear_cross_entropy, lambda: (wide(5, 4), wide(6, 4), LABELS, 2, True)),
-        (OPS.cross_entropy_, lambda: (torch.randn(5, 6), LABELS, True)),
+        (OPS.linear_cross_entropy, lambda: (wide(5, 4), wide(6, 4), LABELS, torch.tensor(0.5), 2, True, True)),
+        (OPS.scale_, lambda: (torch.randn(5, 6), torch.tensor(0.5))),
+        (OPS.cross_entropy_, lambda: (torch.randn(5, 6), LABELS, None, True)),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -106,6 +107,18 @@ def test_gradients_scaled_in_place_cannot_be_asked_for_twice() -> None:
     torch.autograd.grad(loss, hidden, torch.tensor(2.0), retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, hidden)
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    hidden, weight = torch.randn(5, 4), torch.randn(6, 4)
+    expected = torch.autograd.functional.jacobian(lambda h: reference_linear_cross_entropy(h, weight, LABELS), hidden)
+    leaf = hidden.clone().requires_grad_()
+    linear_cross_entropy(leaf, weight, LABELS).backward()
+    torch.testing.assert_close(leaf.grad, expected)
+    expected = torch.autograd.functional.jacobian(lambda w: reference_linear_cross_entropy(hidden, w, LABELS), weight)
+    leaf = weight.clone().requires_grad_()
+    linear_cross_entropy(hidden, leaf, LABELS, scale=torch.tensor(3.0)).backward()
+    torch.testing.assert_close(leaf.grad, 3 * expected)
 
 
 def test_rows_of_losses_sum_to_the_loss() -> None:

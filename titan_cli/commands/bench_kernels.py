@@ -231,7 +231,7 @@ def _operation(rows: list[Row]) -> str:
     lines = [
         title,
         f"{'shape':<{shapes}}  {'pass':<{parts}}  {'backend':<{names}}{'ms':>10}{'±':>8}{'TFLOP/s':>10}{'GB/s':>8}"
-        f"{'roofline':>10}{'vs titan':>10}{'error':>10}",
+        f"{'roofline':>10}{'vs titan':>10}{'error':>10}{'MB':>8}",
     ]
     before = ("", "")
     for row in rows:
@@ -256,8 +256,8 @@ def _numbers(row: Row) -> str:
     against = "" if row.against_titan is None else f"{row.against_titan:.2f}x"
     return (
         f"{row.seconds * 1e3:>10.4g}{row.spread * 1e3:>8.2g}{tflops:>10}{gigabytes:>8}{roofline:>10}{against:>10}"
-        f"{row.error:>10.1e}"
-    )
+        f"{row.error:>10.1e}{'' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.0f}':>8}"
+    ).rstrip()
 
 
 def _collectives_table(report: CollectiveReport) -> str:

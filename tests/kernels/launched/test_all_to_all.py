@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.ranks import run_ranks
 
-WORLD, EXPERTS, ROUNDS = 3, 2, 4
+WORLD, EXPERTS, ROUNDS = 3, 2, 3
 
 
 def exchanges(layout: Layout, device: torch.device) -> list[SymmetricExchange]:
@@ -51,13 +51,15 @@ def rows_of(counts_WE: Tensor, sender: int, width: int, dtype: torch.dtype) -> T
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "align"),
-    [(torch.bfloat16, 8, 1), (torch.float32, 5000, 1), (torch.uint8, 7, 4), (torch.bfloat16, 5, 8)],
+    ("dtype", "width", "align", "rounds"),
+    [(torch.bfloat16, 8, 1, 3), (torch.float32, 4200, 1, 1), (torch.uint8, 7, 4, 2), (torch.bfloat16, 5, 8, 1)],
     ids=str,
 )
-def test_each_rank_gets_its_rows_by_expert(device: torch.device, dtype: torch.dtype, width: int, align: int) -> None:
+def test_each_rank_gets_its_rows_by_expert(
+    device: torch.device, dtype: torch.dtype, width: int, align: int, rounds: int
+) -> None:
     ranks = exchanges(Layout(WORLD, EXPERTS, 256, width * dtype.itemsize), device)
-    for number in range(3):
+    for number in range(rounds):
         counts = counts_of(number)
         sent = [rows_of(counts[rank], rank, width, dtype) for rank in range(WORLD)]
         received = phased(ranks, sent, counts, capacity=128, align=align)
@@ -182,6 +184,18 @@ def test_processes_exchange_as_plain_collectives_do(capacity: int, align: int) -
         for mine, plain in zip(found[0::2], found[1::2], strict=True):
             for a, b in zip(mine, plain, strict=True):
                 assert torch.equal(a, b)
+
+
+def _ask_for_different_rows() -> str:
+    rank = torch.distributed.get_rank()
+    with pytest.raises(ValueError, match="must ask for the same exchange") as caught:
+        SymmetricExchange.make(rows=8 + rank, width=4, dtype=torch.float32, num_experts=1)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(not interpreting(), reason="ranks are forked")
+def test_ranks_that_ask_for_different_exchanges_are_told() -> None:
+    assert "rows=9" in run_ranks(_ask_for_different_rows, 2)[0]
 
 
 def test_segments_are_placed_by_expert_then_by_source() -> None:

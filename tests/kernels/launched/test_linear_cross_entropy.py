@@ -25,6 +25,10 @@ def test_loss_and_gradients(device: torch.device, vocabulary: int, dtype: torch.
         for x, y in zip(found, expected, strict=True):
             off = (x.double() - y).norm() / y.norm()
             assert off < (8e-3 if dtype == torch.bfloat16 else 1e-5)
+    scaled = linear_cross_entropy(hidden, weight, labels, scale=torch.tensor(0.125, device=device))
+    torch.testing.assert_close(scaled, loss * 0.125, rtol=1e-5, atol=0)
+    for x, y in zip(torch.autograd.grad(scaled, [hidden, weight]), expected, strict=True):  # those of loss / 7
+        assert (x.double() * 8 / 7 - y).norm() / y.norm() < (8e-3 if dtype == torch.bfloat16 else 1e-5)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), loss.detach(), rtol=1e-5, atol=0)
 

@@ -59,7 +59,8 @@ class Row:
     """What one backend did with one case.
 
     `error` is the largest relative error of a row of the result. Only what is right has a time; `roofline` is the share
-    of the measured ceiling, `against_titan` this backend's time over titan's.
+    of the measured ceiling, `against_titan` this backend's time over titan's. `peak_bytes` is what one call allocates
+    on a GPU at most, its result included; not known on a CPU.
     """
 
     operation: str
@@ -77,6 +78,7 @@ class Row:
     gigabytes_per_second: float | None = None
     roofline: float | None = None
     against_titan: float | None = None
+    peak_bytes: int | None = None
 
 
 def run_case(case: Case, timer: Timer, roofline: Roofline, only: Sequence[str]) -> list[Row]:
@@ -110,7 +112,8 @@ def _run_backend(
         prepared = case.backends[name](inputs)
         prepared = prepared if isinstance(prepared, Prepared) else Prepared(prepared)
         _poison(truth, timer.device)
-        found = prepared.result(prepared.call())
+        found, peak = _peak_of(prepared.call, timer.device)
+        found = prepared.result(found)
         found = [found] if isinstance(found, Tensor) else list(found)
         error = max(worst_row(x, y) for x, y in zip(found, truth, strict=True))
         del found
@@ -133,7 +136,18 @@ def _run_backend(
         gigabytes_per_second=case.moved / timing.seconds / 1e9,
         roofline=None if floor is None else floor / timing.seconds,
         against_titan=timing.seconds / own if own else (1.0 if name == OWN else None),
+        peak_bytes=peak,
     )
+
+
+def _peak_of(call: Call, device: torch.device) -> tuple[Any, int | None]:
+    """Return what a call returns, and how many bytes it allocates at most on a GPU."""
+    if device.type != "cuda":
+        return call(), None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    found = call()
+    return found, torch.cuda.max_memory_allocated(device) - before
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,164 @@
+"""What every kernel takes on every architecture, at the shapes of a mixture of experts: the table of RESOURCES.md.
+
+`python -m titan_kernels.resources > kernels/RESOURCES.md` compiles all kernels, which needs no GPU, and prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from titan_kernels.inspection import Resources, compiling, resources
+from titan_kernels.quant import E4M3
+
+ARCHITECTURES = (80, 90, 100)
+TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 4096, 8, 64, 2048, 1024
+ROWS = TOKENS * TOP_K
+
+COLUMNS = ("kernel", "arch", "registers", "spills", "shared bytes", "warps", "instructions")
+HEADING = """# What the kernels take
+
+Printed by `python -m titan_kernels.resources` with {versions}: compiled for the architectures named, run on
+none. Registers are those of a thread, spills the instructions that move registers to or from local memory, instructions
+how often matrix units (HMMA, HGMMA, QGMMA, UTCHMMA, UTCQMMA), the copy engine (UTMALDG) and asynchronous copies
+(LDGSTS) stand in the code.
+"""
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return a tensor that has a shape only."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def permutation(num_tokens: int = TOKENS) -> None:
+    """Launch placement, gather and combination with their gradients."""
+    from titan_kernels import permutation_kernels as kernels
+
+    num_rows = num_tokens * TOP_K
+    _, _, row, source = kernels.place(empty(num_tokens, TOP_K, dtype=torch.int64), EXPERTS, 1, num_rows)
+    x, weights = empty(num_tokens, WIDTH), empty(num_tokens, TOP_K, dtype=torch.float32)
+    rows = kernels.gather(x, source, TOP_K)
+    kernels.combine(rows, row, None)
+    kernels.combine(rows, row, weights)
+    kernels.combine_backward(x, rows, source, weights)
+
+
+def grouped_gemm(dtype: torch.dtype, num_tokens: int = TOKENS) -> None:
+    """Launch the three products of a grouped linear layer."""
+    from titan_kernels import grouped_gemm_kernels as kernels
+
+    x, ends = empty(num_tokens * TOP_K, WIDTH, dtype=dtype), empty(EXPERTS, dtype=torch.int32)
+    weight = empty(EXPERTS, HIDDEN, WIDTH, dtype=dtype)
+    y = kernels.forward(x, weight, ends)
+    kernels.input_gradient(y, weight, ends)
+    kernels.weight_gradient(y, x, ends)
+
+
+def contiguous(num_blocks: int = ROWS // 128) -> None:
+    """Launch the three products of a linear layer over blocks of rows."""
+    from titan_kernels import grouped_gemm_kernels as kernels
+
+    x, experts = empty(num_blocks * 128, WIDTH), empty(num_blocks, dtype=torch.int32)
+    weight = empty(EXPERTS, HIDDEN, WIDTH)
+    y = kernels.forward_blocks(x, weight, experts, 128)
+    kernels.input_gradient_blocks(y, weight, experts, 128)
+    kernels.weight_gradient_blocks(y, x, experts, EXPERTS, 128)
+
+
+def expert_mlp(dtype: torch.dtype, num_tokens: int = TOKENS) -> None:
+    """Launch the feed-forward layer over rows, over gathered tokens, and its gradient."""
+    from titan_kernels import expert_mlp_kernels as kernels
+
+    num_rows = num_tokens * TOP_K
+    x, tokens = empty(num_rows, WIDTH, dtype=dtype), empty(num_tokens, WIDTH, dtype=dtype)
+    w1, w2 = empty(EXPERTS, HIDDEN, WIDTH, dtype=dtype), empty(EXPERTS, WIDTH, HIDDEN, dtype=dtype)
+    ends, source = empty(EXPERTS, dtype=torch.int32), empty(num_rows, dtype=torch.int32)
+    kernels.forward(x, w1, w1, w2, ends, True)
+    y, gate, up = kernels.forward(tokens, w1, w1, w2, ends, True, source, TOP_K)
+    kernels.backward(x, y, gate, up, w1, w1, w2, ends, None)
+    kernels.backward(x, y, gate, up, w1, w1, w2, ends, empty(num_rows, dtype=torch.float32))
+
+
+def quant(num_rows: int = ROWS) -> None:
+    """Launch the quantisations."""
+    from titan_kernels import quant_kernels as kernels
+
+    x, weight = empty(num_rows, WIDTH), empty(EXPERTS, HIDDEN, WIDTH)
+    kernels.quantize_1x128(x, _float8(x), _scales(num_rows, WIDTH))
+    kernels.quantize_128x1(x, empty(EXPERTS, dtype=torch.int32), _float8_turned(num_rows, WIDTH), _row_scales(num_rows))
+    scale = empty(EXPERTS, HIDDEN // 128, WIDTH // 128, dtype=torch.float32)
+    kernels.quantize_128x128(weight, _float8(weight), empty(EXPERTS, WIDTH, HIDDEN, dtype=E4M3), scale)
+    kernels.quantize_rowwise(x, _float8(x), empty(num_rows, dtype=torch.float32))
+
+
+def fp8_grouped_gemm(num_rows: int = ROWS) -> None:
+    """Launch the float8 products, for architectures that have them."""
+    from titan_kernels import fp8_grouped_gemm_kernels as kernels
+
+    x, weight, ends = empty(num_rows, WIDTH, dtype=E4M3), empty(EXPERTS, HIDDEN, WIDTH, dtype=E4M3), empty(EXPERTS)
+    ends, fp32 = ends.int(), partial(empty, dtype=torch.float32)
+    scale = fp32(EXPERTS, HIDDEN // 128, WIDTH // 128)
+    kernels.product(x, _scales(num_rows, WIDTH), weight, scale, ends, torch.bfloat16, blockwise=True)
+    kernels.product(x, fp32(num_rows), weight, fp32(EXPERTS, HIDDEN), ends, torch.bfloat16, blockwise=False)
+    grad, x = _float8_turned(num_rows, HIDDEN), _float8_turned(num_rows, WIDTH)
+    scales = fp32(-(-num_rows // 128), HIDDEN), _row_scales(num_rows)
+    kernels.weight_gradient(grad, scales[0], x, scales[1], ends, torch.bfloat16)
+
+
+# What is compiled: a name, the launches, and the first architecture that has what they need.
+CASES: tuple[tuple[str, Callable[[], None], int], ...] = (
+    ("permutation", permutation, 80),
+    ("grouped_gemm bf16", partial(grouped_gemm, torch.bfloat16), 80),
+    ("grouped_gemm fp32", partial(grouped_gemm, torch.float32), 80),
+    ("contiguous bf16", contiguous, 80),
+    ("expert_mlp bf16", partial(expert_mlp, torch.bfloat16), 80),
+    ("quant", quant, 89),
+    ("fp8_grouped_gemm", fp8_grouped_gemm, 89),
+)
+
+
+def taken(launches: Callable[[], None], arch: int) -> list[tuple[str, Resources]]:
+    """Compile `launches` for `arch` and return the kernels' names and resources, each kernel once."""
+    with compiling(arch) as compiled:
+        launches()
+    return [(kernel.name, resources(kernel)) for kernel in {id(kernel.kernel): kernel for kernel in compiled}.values()]
+
+
+def table() -> str:
+    """Return the table of all cases, in Markdown."""
+    import triton
+
+    versions = f"Triton {triton.__version__} and torch {torch.__version__}"
+    lines = [HEADING.format(versions=versions), "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    for name, launches, first in CASES:
+        for arch in (arch for arch in ARCHITECTURES if arch >= first):
+            for kernel, took in taken(launches, arch):
+                instructions = ", ".join(
+                    f"{count} {opcode}" for opcode, count in took.instructions.items() if opcode not in ("LDL", "STL")
+                )
+                cells = (f"{name}: `{kernel}`", f"sm_{arch}", took.registers, took.spills, took.shared_bytes)
+                lines.append("| " + " | ".join(map(str, (*cells, took.num_warps, instructions))) + " |")
+    return "\n".join(lines)
+
+
+def _float8(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=E4M3)
+
+
+def _float8_turned(num_rows: int, width: int) -> Tensor:
+    return empty(width, -(-num_rows // 16) * 16, dtype=E4M3)[:, :num_rows]
+
+
+def _scales(num_rows: int, width: int) -> Tensor:
+    return empty(width // 128, -(-num_rows // 4) * 4, dtype=torch.float32)[:, :num_rows].T
+
+
+def _row_scales(num_rows: int) -> Tensor:
+    return empty(-(-num_rows // 128), WIDTH, dtype=torch.float32)
+
+
+if __name__ == "__main__":
+    print(table())
