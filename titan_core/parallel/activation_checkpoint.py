@@ -94,7 +94,7 @@ def forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> 
 def _contexts(forced: set[torch.Size]) -> Any:
     """Store costly operations and every second matmul, recompute the rest (torchtitan's balance)."""
     counts = {"forward": 0, "recompute": 0}
-    # torch 2.14 wants every operation of the forward again, and FSDP of experts marks its work otherwise the second time
+    # torch 2.14 wants every operation of the forward again, and FSDP of experts marks its work otherwise then
     SAC_IGNORED_OPS.update(_MARKS)
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
