@@ -33,15 +33,11 @@ TINY = {
 
 
 def tiny(folder: Path | str, **changes: Any) -> Resolved:
-    """Return a config of the tiny run; keyword `a__b=v` sets `a.b`."""
+    """Return a config of the tiny run; keyword `a__b=v` sets `a.b`, and with None leaves out what the tiny run sets."""
     settings = {**TINY, "job.dump_folder": str(folder)}
-    settings.update(
-        {
-            key.replace("__", "."): str(value).lower() if isinstance(value, bool) else str(value)
-            for key, value in changes.items()
-        }
-    )
-    return load("llama3_debugmodel", list(settings.items()))
+    settings.update({key.replace("__", "."): value for key, value in changes.items()})
+    words = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()}
+    return load("llama3_debugmodel", [(key, words[key]) for key, value in settings.items() if value is not None])
 
 
 def losses(resolved: Resolved, ranks: int = 1, **options: Any) -> list[float]:

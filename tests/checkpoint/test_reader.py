@@ -1,6 +1,7 @@
 """Damaged, foreign and malicious checkpoints: reported, passed over, never run."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -174,6 +175,34 @@ def _restep(step: Path, name: str, content: bytes) -> None:
         manifest.pieces[name] = {0: (len(content), content_hash(content))}
     (step / name).write_bytes(content)
     (step / "manifest.json").write_bytes(manifest.to_json())
+
+
+def test_steps_of_the_first_version_are_read(tmp_path: Path) -> None:
+    """They have SHA-256, and pieces that torch.save wrote; they stay what they are when their manifest is written."""
+    expected = save(open_at(tmp_path), 1)
+    step = tmp_path / "step-1"
+    manifest, metadata = read_manifest(*split(str(step))), pickle.loads((step / ".metadata").read_bytes())
+    content, pieces = b"", {}
+    for index, info in sorted(metadata.storage_data.items(), key=lambda entry: entry[1].offset):
+        buffer = io.BytesIO()
+        torch.save(expected[index.fqn], buffer)
+        place = dataclasses.replace(info, offset=len(content), length=len(buffer.getvalue()))
+        metadata.storage_data[index] = place
+        pieces[place.offset] = place.length, hashlib.sha256(buffer.getvalue()).hexdigest()[:32]
+        content += buffer.getvalue()
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+    (step / "__0_0.distcp").write_bytes(content)
+    manifest.version, manifest.pieces = 1, {"__0_0.distcp": pieces}
+    for name in manifest.files:
+        data = (step / name).read_bytes()
+        manifest.files[name] = len(data), hashlib.sha256(data).hexdigest()[:32]
+    (step / "manifest.json").write_bytes(manifest.to_json())
+    found = empty()
+    load_tensors(str(step), found)
+    assert_equal(found, expected)
+    assert verify(str(step)) == []
+    flip(step / "__0_0.distcp", len(content) // 2)
+    assert "hash" in verify(str(step))[0]
 
 
 @pytest.mark.parametrize("check", [True, False])

@@ -59,6 +59,27 @@ def test_latent_attention_has_two_widths() -> None:
     assert flops_per_token((), (Attention(16, 16, qk_dim=192, v_dim=128),), 4096) == 6 * 4096 * 16 * (192 + 128)
 
 
+@pytest.mark.parametrize(
+    ("name", "flavor", "active", "layers", "heads", "widths"),
+    [
+        ("deepseek_v3", "16B", 2_661_150_208, 27, 16, 192 + 128),
+        ("deepseek_v3", "236B", 21_375_800_320, 60, 128, 192 + 128),
+        ("deepseek_v3", "671B", 37_552_282_624, 61, 128, 192 + 128),
+        ("qwen3", "30B-A3B", 3_353_032_704, 48, 32, 128 + 128),
+        ("qwen3", "235B-A22B", 22_190_763_520, 94, 64, 128 + 128),
+        ("llama4", "17bx128e", 17_184_691_200, 48, 40, 128 + 128),
+    ],
+)
+def test_published_mixtures(name: str, flavor: str, active: int, layers: int, heads: int, widths: int) -> None:
+    """What one token uses, with the embedding, is known of these models; attention has its closed form."""
+    known = family(name)
+    sizes = known.flavors[flavor]
+    parameters = [p for p in known.parameters(sizes) if p.trained]
+    assert sum(round(p.numel * p.active) for p in parameters) == active
+    closed = 6 * (active - sizes.vocab_size * sizes.dim) + 6 * 4096 * layers * heads * widths
+    assert flops_per_token(known.parameters(sizes), known.attentions(sizes), 4096) == pytest.approx(closed, rel=1e-9)
+
+
 @pytest.mark.parametrize("window", [1, 5, 16, 99])
 def test_windows_count_every_pair(window: int) -> None:
     pairs = sum(1 for q in range(16) for k in range(16) if 0 <= q - k < window)

@@ -63,6 +63,56 @@ def qwen_moe(**changes: Any) -> Any:
     return _random(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)))
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.2,
+    "mscale": 0.5,
+    "mscale_all_dim": 0.9,
+}
+LATENT: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 7,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 12,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": YARN,
+}
+
+
+def deepseek_v3(**changes: Any) -> Any:
+    """Sigmoid scores with a bias, which only chooses; groups by their best two; latents for queries too."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    return _random(DeepseekV3ForCausalLM(DeepseekV3Config(**{**SHAPES, **LATENT, **changes})))
+
+
+def deepseek_v2(**changes: Any) -> Any:
+    """Softmax scores, groups by their best one."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    gate = {"topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0}
+    return _random(DeepseekV2ForCausalLM(DeepseekV2Config(**{**SHAPES, **LATENT, **gate, **changes})))
+
+
+def deepseek_v2_lite() -> Any:
+    """Queries straight from the stream, no groups, no stretch of the rotation."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    return deepseek_v2(q_lora_rank=None, topk_method="greedy", n_group=1, topk_group=1, rope_parameters=rope)
+
+
 def llama4(**changes: Any) -> Any:
     """Dense layers; chunks of 7 tokens; the global layer's sharpening changes every 5 tokens."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
@@ -82,7 +132,16 @@ def llama4_scaled() -> Any:
     return llama4(rope_parameters=rope, use_qk_norm=False, attn_temperature_tuning=False)
 
 
+def llama4_experts(**changes: Any) -> Any:
+    """Every second layer is a mixture; 12 experts in one tensor."""
+    experts = {"num_local_experts": 12, "intermediate_size": 14, "moe_layers": None, "interleave_moe_layer_step": 2}
+    return llama4(**{**experts, "num_experts_per_tok": 1, **changes})
+
+
 MODELS = {
+    "deepseek_v3": deepseek_v3,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v2 lite": deepseek_v2_lite,
     "llama3": llama,
     "llama3 tied": llama_tied,
     "qwen3": qwen,
@@ -90,6 +149,7 @@ MODELS = {
     "qwen3 experts": qwen_moe,
     "llama4": llama4,
     "llama4 scaled": llama4_scaled,
+    "llama4 experts": llama4_experts,
 }
 
 
@@ -125,8 +185,8 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Return gradients by the names of files, where each expert has matrices of its own."""
-    found: dict[str, torch.Tensor] = {}
+    """Return gradients by the names of files, where each expert has matrices of its own; buffers have zeros."""
+    found = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items() if "_bias" in name}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         prefix, _, last = name.rpartition(".")
@@ -147,6 +207,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 def _random(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        stored = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+        for tensor in [*model.parameters(), *map(model.get_buffer, stored)]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
     return model.eval()

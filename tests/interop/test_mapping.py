@@ -1,17 +1,21 @@
 """Every step of a map, in both directions, region by region; and the accounting for names and shapes."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.interop.samples import assert_same, tensors
 from titan_core.declare.parameters import Constant, Parameter
 from titan_core.declare.weights import Drop, Link, Part, Rotary, Split, Stack, SwapHalves, Transpose
 from titan_core.interop.boxes import cut, runs
 from titan_core.interop.mapping import work_out
+from titan_core.interop.safetensors import SafetensorsSource
 from titan_core.interop.views import CastView, OurView, TheirView, halves_to_pairs, unequal_copies
 from titan_core.runtime.errors import CheckpointError
+from titan_core.runtime.torch_archive import bytes_view
 
 
 class Memory:
@@ -23,6 +27,9 @@ class Memory:
 
     def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         return self.values[name][tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+
+    def locate(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> None:
+        return None
 
 
 def parameter(name: str, *shape: int) -> Parameter:
@@ -114,6 +121,30 @@ def test_both_directions_whole_and_in_regions(name: str) -> None:
                 size = tuple(generator.randint(1, n - at) for n, at in zip(tensor.shape, start, strict=True))
                 expected = tensor[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
                 assert torch.equal(view.read(key, start, size), expected), (key, start, size)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_located_is_what_is_read(name: str, tmp_path: Path) -> None:
+    """Bytes that are copied from their place are those of the tensor, and plain tensors do have a place."""
+    ours, rules, theirs = CASES[name]
+    mapping = work_out(rules, [parameter(n, *t.shape) for n, t in ours.items()])
+    for side, stored in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / side).mkdir()
+        copies = {key: tensor.clone().contiguous() for key, tensor in stored.items()}
+        save_file(copies, tmp_path / side / "model.safetensors")
+    views = (
+        OurView(SafetensorsSource(tmp_path / "theirs"), mapping),
+        TheirView(SafetensorsSource(tmp_path / "ours"), mapping),
+    )
+    buffer = memoryview(bytearray(24))
+    for view in views:
+        for key, (shape, _) in view.index.items():
+            for slab in cut(key, shape, 4, 40):
+                run = view.locate(key, slab.start, slab.size)
+                if run is not None:
+                    found = b"".join(bytes(chunk) for chunk in run.chunks(buffer))
+                    assert found == bytes(bytes_view(view.read(key, slab.start, slab.size).contiguous())), (key, slab)
+                assert run is not None or name not in ("copies", "scalar"), (key, slab)
 
 
 def test_rotary_rows_are_those_of_the_published_conversion() -> None:

@@ -4,14 +4,11 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from titan_core.declare.parameters import Constant, Parameter
-from titan_core.declare.weights import Link, Rule, Stack
 from titan_core.interop.mapping import work_out
 from titan_core.interop.safetensors import NAMES, SafetensorsSource
 from titan_core.interop.sizes import parse_size
@@ -67,72 +64,12 @@ def test_llama_405b_is_planned_from_headers(tmp_path: Path) -> None:
     assert found["peak_rss"] < 1.2e9
 
 
-def deepseek_parameters() -> Iterator[Parameter]:
-    """All 671 billion, with the experts of a layer in one tensor."""
-
-    def one(name: str, *shape: int) -> Parameter:
-        return Parameter(name, shape, "hidden", Constant(0.0))
-
-    yield one("tok_embeddings.weight", 129280, 7168)
-    for i in range(61):
-        prefix = f"layers.{i}"
-        for name, shape in {
-            "wq_a": (1536, 7168),
-            "wq_b": (128 * 192, 1536),
-            "wkv_a": (512 + 64, 7168),
-            "wkv_b": (128 * 256, 512),
-            "wo": (7168, 128 * 128),
-        }.items():
-            yield one(f"{prefix}.attention.{name}.weight", *shape)
-        for name, width in {"attention_norm": 7168, "ffn_norm": 7168, "q_norm": 1536, "kv_norm": 512}.items():
-            yield one(f"{prefix}.{name}.weight", width)
-        if i < 3:
-            yield one(f"{prefix}.feed_forward.w1.weight", 18432, 7168)
-            yield one(f"{prefix}.feed_forward.w2.weight", 7168, 18432)
-            yield one(f"{prefix}.feed_forward.w3.weight", 18432, 7168)
-            continue
-        yield one(f"{prefix}.moe.gate.weight", 256, 7168)
-        yield one(f"{prefix}.moe.expert_bias", 256)
-        for kind, lead in {"experts": (256,), "shared": ()}.items():
-            yield one(f"{prefix}.moe.{kind}.w1", *lead, 2048, 7168)
-            yield one(f"{prefix}.moe.{kind}.w2", *lead, 7168, 2048)
-            yield one(f"{prefix}.moe.{kind}.w3", *lead, 2048, 7168)
-    yield one("norm.weight", 7168)
-    yield one("output.weight", 129280, 7168)
-
-
-def deepseek_rules() -> list[Rule]:
-    ours, theirs = "layers.{layer}", "model.layers.{layer}"
-    names = {
-        "wq_a": "q_a_proj",
-        "wq_b": "q_b_proj",
-        "wkv_a": "kv_a_proj_with_mqa",
-        "wkv_b": "kv_b_proj",
-        "wo": "o_proj",
-    }
-    gates = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-    rules: list[Rule] = [
-        Link("tok_embeddings.weight", "model.embed_tokens.weight"),
-        Link("norm.weight", "model.norm.weight"),
-        Link("output.weight", "lm_head.weight"),
-        Link(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
-        Link(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        Link(f"{ours}.q_norm.weight", f"{theirs}.self_attn.q_a_layernorm.weight"),
-        Link(f"{ours}.kv_norm.weight", f"{theirs}.self_attn.kv_a_layernorm.weight"),
-        Link(f"{ours}.moe.gate.weight", f"{theirs}.mlp.gate.weight"),
-        Link(f"{ours}.moe.expert_bias", f"{theirs}.mlp.gate.e_score_correction_bias"),
-    ]
-    rules += [Link(f"{ours}.attention.{a}.weight", f"{theirs}.self_attn.{b}.weight") for a, b in names.items()]
-    for a, b in gates.items():
-        rules.append(Link(f"{ours}.feed_forward.{a}.weight", f"{theirs}.mlp.{b}.weight"))
-        rules.append(Link(f"{ours}.moe.shared.{a}", f"{theirs}.mlp.shared_experts.{b}.weight"))
-        rules.append(Link(f"{ours}.moe.experts.{a}", f"{theirs}.mlp.experts.{{expert}}.{b}.weight", (Stack(),)))
-    return rules
-
-
 @pytest.mark.slow
 def test_deepseek_671b_with_block_scales_is_planned_from_headers(tmp_path: Path) -> None:
-    mapping = work_out(deepseek_rules(), deepseek_parameters())
+    deepseek = family("deepseek_v3")
+    assert deepseek.weights is not None
+    sizes = deepseek.flavors["671B"]
+    mapping = work_out(deepseek.weights.rules(sizes), deepseek.parameters(sizes))
     assert sum(torch.Size(shape).numel() for shape in mapping.our_shapes.values()) == pytest.approx(671.026e9, rel=1e-4)
     stored: dict[str, Entry] = {}
     for name, shape in mapping.their_shapes.items():
@@ -149,7 +86,7 @@ def test_deepseek_671b_with_block_scales_is_planned_from_headers(tmp_path: Path)
 
     view = OurView(Dequantised(SafetensorsSource(tmp_path)), mapping)
     mapping.check_theirs(view.source.index, str(tmp_path))
-    assert view.read("layers.60.moe.experts.w1", (250, 0, 0), (3, 200, 128)).eq(0).all()  # holes read as zeros
+    assert view.read("layers.60.moe.experts.w1.weight", (250, 0, 0), (3, 200, 128)).eq(0).all()  # holes read as zeros
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1GiB", 1 << 30), ("1.5 MB", 1_500_000), ("77", 77)])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,8 @@ def test_params_of_the_published_flavors(flavor: str) -> None:
 def test_one_torch_file(dcp: Path, tmp_path: Path) -> None:
     convert.run("dcp-to-torch", str(dcp), str(tmp_path / "weights.pt"))
     assert_same(torch.load(tmp_path / "weights.pt", weights_only=True), step_tensors(dcp))
+    with zipfile.ZipFile(tmp_path / "weights.pt") as file:
+        assert file.testzip() is None  # every CRC is right, though no rank saw a whole tensor
     assert os.listdir(tmp_path) == ["weights.pt"]
 
 
@@ -236,6 +239,7 @@ convert.run(sys.argv[1], sys.argv[2], sys.argv[3])
     for route, source, target in (
         ("hf-to-dcp", saved, tmp_path / "dcp"),
         ("dcp-to-hf", tmp_path / "dcp", tmp_path / "hf"),
+        ("dcp-to-torch", tmp_path / "dcp", tmp_path / "weights.pt"),
     ):
         words = [sys.executable, "-c", script, route, str(source), str(target)]
         killed = subprocess.run(words, env=os.environ, capture_output=True, check=False)
@@ -247,6 +251,9 @@ convert.run(sys.argv[1], sys.argv[2], sys.argv[3])
         assert not list(tmp_path.glob(".*"))
         assert not list(target.glob(".step*"))
     assert_same(hf_tensors(tmp_path / "hf"), expected)
+    assert_same(torch.load(tmp_path / "weights.pt", weights_only=True), step_tensors(tmp_path / "dcp"))
+    with zipfile.ZipFile(tmp_path / "weights.pt") as file:
+        assert file.testzip() is None
 
 
 def test_other_words_do_not_go_on_from_a_killed_call(saved: Path, tmp_path: Path) -> None:
@@ -300,7 +307,10 @@ def test_wrong_words_are_explained(saved: Path, dcp: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match=r"is a Hugging Face folder, not a titan checkpoint.*titan convert hf-to-dcp"):
         convert.run("dcp-to-hf", str(saved), str(tmp_path / "out"))
     with pytest.raises(TitanError, match="there is nothing at"):
+        convert.run("dcp-to-hf", str(tmp_path / "none"), str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="there is nothing at") as caught:
         convert.run("hf-to-dcp", str(tmp_path / "none"), str(tmp_path / "out"))
+    assert "config.json and *.safetensors" in (caught.value.tip or "")
     with pytest.raises(UsageError, match="is there already"):
         convert.run("dcp-to-hf", str(dcp), str(saved))
     with pytest.raises(CheckpointError, match="another shape"):
@@ -308,6 +318,23 @@ def test_wrong_words_are_explained(saved: Path, dcp: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="`--flavor` needs `--family`"):
         convert.run("hf-to-dcp", str(saved), str(tmp_path / "out"), Options(flavor="8B"))
     assert os.listdir(tmp_path) == []
+
+
+def test_object_stores_are_read_from_and_not_written_to(dcp: Path, saved: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(str(dcp), "memory://titan-convert/run", recursive=True)
+    try:
+        convert.run("dcp-to-hf", "memory://titan-convert/run", str(tmp_path / "hf"))
+        assert_same(hf_tensors(tmp_path / "hf"), hf_tensors(saved))
+        with pytest.raises(UsageError, match="`s3://bucket/out` is not a local folder") as caught:
+            convert.run("hf-to-dcp", str(saved), "s3://bucket/out")
+        assert caught.value.tip == "convert to a folder and copy it"
+        with pytest.raises(UsageError, match="`s3://bucket/in` is not a local folder"):
+            convert.run("hf-to-dcp", "s3://bucket/in", str(tmp_path / "out"))
+    finally:
+        store.rm("/titan-convert", recursive=True)
 
 
 def test_command(saved: Path, tmp_path: Path) -> None:

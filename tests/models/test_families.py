@@ -57,39 +57,47 @@ def test_declared_parameters_are_those_of_the_module(name: str, flavor: str) -> 
     sizes = known.flavors[flavor]
     with torch.device("meta"):
         model = known.build(sizes)
-    declared = [(p.name, p.shape) for p in known.parameters(sizes) if p.tied_to is None]
-    assert declared == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    own = [p for p in known.parameters(sizes) if p.tied_to is None]
+    assert [(p.name, p.shape) for p in own if p.trained] == [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    assert {p.name: p.shape for p in own} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
     assert known.weights is not None
     assert known.weights.read_config(known.weights.write_config(sizes)) == sizes or flavor.startswith("debugmodel_")
 
 
 @pytest.mark.parametrize(
-    ("flavor", "count"),
+    ("name", "flavor", "count"),
     [
-        ("0.6B", 596_049_920),
-        ("1.7B", 1_720_574_976),
-        ("4B", 4_022_468_096),
-        ("8B", 8_190_735_360),
-        ("14B", 14_768_307_200),
-        ("32B", 32_762_123_264),
+        ("qwen3", "0.6B", 596_049_920),
+        ("qwen3", "1.7B", 1_720_574_976),
+        ("qwen3", "4B", 4_022_468_096),
+        ("qwen3", "8B", 8_190_735_360),
+        ("qwen3", "14B", 14_768_307_200),
+        ("qwen3", "32B", 32_762_123_264),
+        ("qwen3", "30B-A3B", 30_532_122_624),
+        ("qwen3", "235B-A22B", 235_093_634_560),
+        ("llama4", "17bx16e", 107_769_861_120),
+        ("llama4", "17bx128e", 400_711_848_960),
+        ("deepseek_v3", "16B", 15_706_484_224),
+        ("deepseek_v3", "236B", 235_741_434_880),
+        ("deepseek_v3", "671B", 671_026_419_200),  # 58 x 256 of them are biases of scores
     ],
 )
-def test_published_sizes_of_qwen3(flavor: str, count: int) -> None:
+def test_published_sizes(name: str, flavor: str, count: int) -> None:
     from titan_core.estimation.flops import count_parameters
 
-    qwen = family("qwen3")
-    assert count_parameters(qwen.parameters(qwen.flavors[flavor])).total == count
+    known = family(name)
+    assert count_parameters(known.parameters(known.flavors[flavor])).total == count
 
 
-def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+def test_mixtures_in_odd_layers_are_refused_by_name(tmp_path: Path) -> None:
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     from titan_core.runtime.errors import UsageError
 
     config = Llama4TextConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, num_local_experts=2,
+        vocab_size=64, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, moe_layers=[0, 2], intermediate_size_mlp=8,
     )  # fmt: skip
     Llama4ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="2 of 2 layers are mixtures of experts"):
+    with pytest.raises(UsageError, match=r"`moe_layers` is \[0, 2\], and titan computes mixtures in every n-th layer"):
         open_weights(str(tmp_path))

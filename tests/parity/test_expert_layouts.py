@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.parity.layouts import Seen, assert_same, first_steps
+from tests.parity.test_family_layouts import LLAMA4, MLA
 from tests.parity.test_layouts import KEYS, ranks_of, settings_of
 from tests.ranks import RankFailed
 from tests.runs import tiny
@@ -43,6 +44,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "model.args.top_groups": 2,
     },
     "scored before": {**EXPERTS, "model.args.score_before_experts": True, "model.args.route_scale": 2.5},
+    "deepseek_v3": {
+        **MLA,
+        "model.args.n_dense_layers": 1,
+        "model.args.num_experts": 8,
+        "model.args.expert_dim": 16,
+        "model.args.num_groups": 4,
+        "model.args.top_groups": 2,
+    },
+    "llama4": {
+        **LLAMA4,
+        "model.args.attention_mask": "block_causal",
+        "model.args.num_experts": 4,
+        "model.args.moe_every": 2,
+        "model.args.expert_dim": 16,
+    },
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {"dp": 2},
@@ -99,6 +115,19 @@ def test_a_step_that_has_no_room_for_a_row_stops_the_run(way: str, tmp_path: Pat
 def test_scores_before_experts(layout: str, tmp_path: Path) -> None:
     settings = settings_of(LAYOUTS[layout], MODELS["scored before"])
     assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone("scored before"))
+
+
+@pytest.mark.parametrize("layout", ["tensor", "expert x context", "expert over tensor x pipeline"])
+@pytest.mark.parametrize("model", ["deepseek_v3", "llama4"])
+def test_other_families(model: str, layout: str, tmp_path: Path) -> None:
+    settings = settings_of(LAYOUTS[layout], MODELS[model])
+    assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone(model))
+
+
+def test_recomputation_by_operation(tmp_path: Path) -> None:
+    chosen = {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"}
+    settings = {**settings_of(LAYOUTS["expert"], MODELS["deepseek_v3"]), **chosen}
+    assert_same(first_steps(tiny(tmp_path, **settings), 2), alone("deepseek_v3"))
 
 
 @pytest.mark.slow

@@ -16,11 +16,23 @@ from titan_core.parallel import legal
 
 QWEN = {"model.name": "qwen3", "model.args.head_dim": 6, "model.args.tied": False}
 LLAMA4 = {"model.name": "llama4", "model.args.head_dim": 6, "model.args.chunk": 8, "model.args.global_every": 2}
+MLA = {
+    "model.name": "deepseek_v3",
+    "model.args.n_kv_heads": None,
+    "model.args.n_dense_layers": 9,
+    "model.args.q_lora_rank": 12,
+    "model.args.kv_lora_rank": 10,
+    "model.args.qk_nope_dim": 6,
+    "model.args.qk_rope_dim": 8,
+    "model.args.v_dim": 7,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": QWEN,
     "qwen3 tied": {**QWEN, "model.args.tied": True},
     "llama4": LLAMA4,
     "llama4 packed": {**LLAMA4, "model.args.attention_mask": "block_causal"},
+    "latent attention": MLA,
+    "latent attention packed": {**MLA, "model.args.attention_mask": "block_causal", "model.args.q_lora_rank": 0},
 }
 LAYOUTS = {
     "fsdp": {"dp": 2},
@@ -37,7 +49,9 @@ CASES = [
     (model, layout)
     for model in MODELS
     for layout in LAYOUTS
-    if (model != "qwen3 tied" or layout in ("fsdp", "tensor")) and not (model == "llama4" and "cp" in LAYOUTS[layout])
+    if (model != "qwen3 tied" or layout in ("fsdp", "tensor"))
+    and (model != "latent attention packed" or layout in ("context", "context, ring", "context, heads"))
+    and not (model == "llama4" and "cp" in LAYOUTS[layout])
 ]
 
 

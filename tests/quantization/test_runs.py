@@ -13,6 +13,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 from tests.ranks import run_ranks
 from tests.runs import _train, losses, tiny
 from titan_core.config.quantize import FLOAT8, MX
+from titan_core.runtime.errors import ConfigError
 
 SIZES = {"model.args.ffn_dim": 64, "model.args.n_kv_heads": 4, "training__steps": 8}  # all sides are multiples of 32
 GATHER = {
@@ -248,3 +249,37 @@ def test_the_stream_travels_as_it_is_to_a_region_with_a_layer_in_high_precision(
     resolved = tiny(tmp_path, **options("tensorwise"), **changes)
     _, sent = run_ranks(travelled, 2, resolved, True)[0]
     assert "torch.uint8" not in sent
+
+
+EXPERTS = {
+    "model.name": "qwen3",
+    "model.args.head_dim": 8,
+    "model.args.num_experts": 4,
+    "model.args.top_k": 2,
+    "model.args.expert_dim": 32,
+}
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
+def test_experts_in_float8_learn_as_in_high_precision(recipe: str, tmp_path: Path) -> None:
+    changes = {
+        **EXPERTS,
+        "model.converters": "quantize.grouped_mm.float8",
+        "quantize.grouped_mm.float8.recipe_name": recipe,
+    }
+    plain = losses(tiny(tmp_path / "plain", **EXPERTS))
+    found = losses(tiny(tmp_path / "float8", **changes))
+    assert found != plain
+    assert found == pytest.approx(plain, abs=0.03)
+
+
+def test_experts_in_float8_on_ranks_of_experts(tmp_path: Path) -> None:
+    changes = {**EXPERTS, "model.converters": "quantize.grouped_mm.float8"}
+    layout = {"parallelism.data_parallel_shard_degree": 2, "parallelism.expert_parallel_degree": 2}
+    alone = losses(tiny(tmp_path / "alone", **changes))
+    assert losses(tiny(tmp_path / "ranks", **changes, **layout), 2) == pytest.approx(alone, abs=0.01)
+
+
+def test_float8_finds_no_experts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"quantize\.grouped_mm\.float8 finds no experts"):
+        losses(tiny(tmp_path, **{"model.converters": "quantize.grouped_mm.float8"}))

@@ -9,16 +9,27 @@ import pytest
 from tests.ranks import apart
 from tests.runs import tiny
 from titan_core.config.catalog import recipes
+from titan_core.config.layout import Layout
 from titan_core.config.load import Resolved, load
 from titan_core.jobs import plan
+from titan_core.models import resolve
+from titan_core.parallel import legal
 
 INTENDED = {  # ranks
+    "deepseek_v3_16b": 8,
+    "deepseek_v3_671b": 512,
+    "deepseek_v3_debugmodel": 1,
     "llama3_debugmodel": 1,
     "llama3_1b": 1,
     "llama3_8b": 8,
+    "llama4_17bx128e": 256,
+    "llama4_17bx16e": 64,
     "llama4_debugmodel": 1,
+    "llama4_debugmodel_moe": 1,
     "qwen3_0.6b": 1,
+    "qwen3_30b_a3b": 16,
     "qwen3_debugmodel": 1,
+    "qwen3_debugmodel_moe": 1,
 }
 
 
@@ -72,9 +83,16 @@ def test_everything_in_flight_at_once_is_most_for_gpipe(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", INTENDED)
 def test_recipes_are_planned(name: str) -> None:
-    (rank,) = ranks(load(name, []), INTENDED[name], "cuda")
+    resolved = load(name, [])
+    family, sizes = resolve(resolved.config.model)
+    planned_layers = min(sizes.n_layers, 8 if getattr(sizes, "num_experts", 0) else sizes.n_layers)
+    (rank,) = ranks(load(name, [("model.args.n_layers", str(planned_layers))]), INTENDED[name], "cuda")
     assert rank["ranks"] == INTENDED[name]
-    assert rank["weights"] + rank["optimizer"] < rank["peak"] < 80 << 30
+    assert rank["weights"] + rank["optimizer"] < rank["peak"]
+    held = sum(rank[kind] for kind in ("weights", "gradients", "optimizer", "activations"))
+    assert rank["peak"] + held * (sizes.n_layers / planned_layers - 1) < 80 << 30
+    found = legal.problems(resolved.config, Layout.of(resolved.config.parallelism, INTENDED[name]), family, sizes)
+    assert not found
 
 
 def test_every_recipe_has_an_intended_size() -> None:

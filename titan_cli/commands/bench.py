@@ -83,6 +83,30 @@ def save(
     output_of(ctx).result("\n".join(lines), rows=[dataclasses.asdict(row) for row in rows])
 
 
+@app.command(epilog="\b\nExample:\n  titan bench convert --gigabytes 8 --folder /scratch")
+def convert(
+    ctx: typer.Context,
+    gigabytes: float = typer.Option(1.0, min=0.1, help="Size of the weights; twice that is needed on the disk."),
+    rounds: int = typer.Option(3, min=1, help="Runs of each, in turn."),
+    folder: str | None = typer.Option(None, metavar="DIR", help="Where to write; default: the temporary folder."),
+) -> None:
+    """Convert a Hugging Face folder: wall and CPU time, beside a plain copy and torch's own way."""
+    no_flags(ctx)
+    output = output_of(ctx)
+    from titan_cli.display import Display
+    from titan_core.jobs import bench_convert as job
+
+    with Display(output) as display:
+        rows = job.run(gigabytes=gigabytes, rounds=rounds, folder=folder, listener=display)
+    lines = [f"{'':<8}{'wall s':>8}{'CPU-s':>8}{'GB/CPU-s':>10}{'peak GB':>9}{'wall/cp':>9}"]
+    lines += [
+        f"{row.name:<8}{row.wall_seconds:>8.2f}{row.cpu_seconds:>8.2f}{row.gigabytes_per_cpu_second:>10.2f}"
+        f"{row.peak_gigabytes:>9.2f}{row.wall_seconds / rows[0].wall_seconds:>8.2f}x"
+        for row in rows
+    ]
+    output.result("\n".join(lines), rows=[dataclasses.asdict(row) for row in rows])
+
+
 def _split(item: str) -> tuple[str, str]:
     name, equals, python = item.partition("=")
     if not equals:

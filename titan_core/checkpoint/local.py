@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_core.checkpoint.storage import MANIFEST, STEP
-from titan_core.runtime.disk import WRITE_AT_ONCE
+from titan_core.runtime.disk import WRITE_AT_ONCE, sync
 from titan_core.runtime.errors import CheckpointError
 
 _HIDDEN = re.compile(r"\.step-(\d+)\.(?:(old|removed-\d+)\.)?partial$")
@@ -53,7 +53,7 @@ class LocalStorage:
         source, target = self._folder / self.pending(step), self._folder / self.path(step)
         old = self._folder / f".step-{step}.old.partial"
         for folder, _, _ in os.walk(source):
-            _sync_folder(folder)
+            sync(folder)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -63,7 +63,7 @@ class LocalStorage:
             if old.exists():
                 old.rename(target)
             raise
-        _sync_folder(self._folder)
+        sync(self._folder)
         self._unlock(step)
 
     def abandon(self, step: int) -> None:
@@ -147,14 +147,6 @@ def _remove(folder: Path) -> None:
     while folder.exists():
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(folder)
-
-
-def _sync_folder(folder: str | Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _lock(handle: int) -> bool:

@@ -19,11 +19,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from titan_core.checkpoint.agreement import Ranks
-from titan_core.checkpoint.manifest import Manifest, content_hash, read_checked, read_manifest, reason
+from titan_core.checkpoint.manifest import Manifest, new_hash, read_checked, read_manifest, reason
 from titan_core.checkpoint.places import split
 from titan_core.checkpoint.storage import Storage
-from titan_core.checkpoint.writer import METADATA
+from titan_core.checkpoint.writer import METADATA, piece_frame
 from titan_core.runtime.errors import CheckpointError
+from titan_core.runtime.torch_archive import bytes_view
 
 # All that a `.metadata` written by DCP names. Nothing else is imported or called while reading one.
 _ALLOWED = {
@@ -49,6 +50,7 @@ _ALLOWED = {
     ),
 }
 
+_READ_AT_ONCE = 1 << 20
 _DATA_FILE = re.compile(r"__\d+_\d+\.distcp")
 
 
@@ -114,7 +116,21 @@ def _is_description(entry: tuple[Any, Any]) -> bool:
         isinstance(name, str)
         and isinstance(described.properties.dtype, torch.dtype)
         and all(isinstance(length, int) for length in described.size)
+        and all(isinstance(n, int) for chunk in described.chunks for n in (*chunk.offsets, *chunk.sizes))
     )
+
+
+def _describe(metadata: Metadata) -> dict[tuple[str, int], tuple[tuple[int, ...], torch.dtype]]:
+    """Return (data file, offset) -> (shape, dtype) of the pieces that the metadata knows."""
+    found = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        for chunk in entry.chunks:
+            info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if info is not None:
+                found[info.relative_path, info.offset] = (tuple(chunk.sizes), entry.properties.dtype)
+    return found
 
 
 class Reader(StorageReader):
@@ -126,6 +142,7 @@ class Reader(StorageReader):
         self.check = check
         self.manifest = read_manifest(storage, step_path)
         self.metadata = read_metadata(storage, step_path, self.manifest, check)
+        self._described = _describe(self.metadata)
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing to reset: a reader serves one load."""
@@ -179,24 +196,49 @@ class Reader(StorageReader):
     def read_piece(self, file: Any, name: str, offset: int, length: int) -> torch.Tensor:
         """Return one stored tensor of an open data file, checked. Raises `CheckpointError`."""
         where = self._where(name)
-        try:
-            file.seek(offset)
-            data = file.read(length)
-        except self.storage.errors as error:
-            raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
-        if len(data) != length:
-            raise CheckpointError(f"the file ends before byte {offset + length}: it is truncated", where=where)
-        if self.check and self.manifest.pieces.get(name, {}).get(offset) != (length, content_hash(data)):
-            message = f"bytes {offset} to {offset + length} do not have the manifest's hash: damaged"
+        known, digest = self.manifest.pieces.get(name, {}).get(offset, (None, ""))
+        message = f"bytes {offset} to {offset + length} do not have the manifest's hash: damaged"
+        if self.check and known != length:
             raise CheckpointError(message, where=where)
         try:
-            stored = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            data = torch.empty(length, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CheckpointError(f"a tensor claims {length} bytes", where=where) from error
+        view = bytes_view(data)
+        if self._read_hashed(file, offset, view, where) != digest and self.check:
+            raise CheckpointError(message, where=where)
+        if (name, offset) in self._described:  # the bytes around it are those that titan writes: no copy is needed
+            shape, dtype = self._described[name, offset]
+            head, tail = piece_frame(shape, dtype)
+            end = length - len(tail)
+            if view[: len(head)] == head and view[end:] == tail:
+                return data[len(head) : end].view(dtype).reshape(shape)
+        try:
+            stored = torch.load(io.BytesIO(view), map_location="cpu", weights_only=True)
         except Exception as error:  # damaged archives raise nearly anything
             first_line = str(error).split("\n", 1)[0]
             raise CheckpointError(f"cannot read a tensor at byte {offset}: {first_line}", where=where) from error
         if not isinstance(stored, torch.Tensor):
             raise CheckpointError(f"what lies at byte {offset} is not a tensor", where=where)
         return stored
+
+    def _read_hashed(self, file: Any, offset: int, target: memoryview, where: str) -> str:
+        """Fill a buffer, hash it while it is in the processor's cache, and return the hash."""
+        digest, done = new_hash(self.manifest.version), 0
+        try:
+            file.seek(offset)
+            while done < len(target):
+                count = file.readinto(target[done : done + _READ_AT_ONCE])
+                if not count:
+                    end = offset + len(target)
+                    raise CheckpointError(f"the file ends before byte {end}: it is truncated", where=where)
+                digest.update(target[done : done + count])
+                done += count
+        except self.storage.errors as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"cannot read: {reason(error)}", where=where) from error
+        return digest.hexdigest()[:32]
 
     def _where(self, name: str) -> str:
         return f"{self.storage.root}/{self.step_path}/{name}"

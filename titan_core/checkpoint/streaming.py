@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
+import itertools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,19 +21,16 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from titan_core.checkpoint.local import LocalStorage
-from titan_core.checkpoint.manifest import Manifest
+from titan_core.checkpoint.manifest import Manifest, new_hash
 from titan_core.checkpoint.places import split
 from titan_core.checkpoint.reader import Reader
 from titan_core.checkpoint.saving import commit
-from titan_core.checkpoint.storage import Storage
-from titan_core.checkpoint.writer import Writer
-from titan_core.runtime.disk import WRITE_AT_ONCE
+from titan_core.checkpoint.writer import Writer, piece_frame
+from titan_core.runtime.disk import WRITE_AT_ONCE, write_all
 from titan_core.runtime.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Index = Mapping[str, tuple[Shape, torch.dtype]]
-_READ_AT_ONCE = 64 << 20  # a larger stored piece is hashed in parts and then loaded, so that it is in memory once
-_HASH_AT_ONCE = 4 << 20
 _KEEP = 256 << 20  # bytes of pieces kept for the next read
 
 
@@ -45,6 +41,7 @@ class StepSource:
         storage, folder = split(step_path)
         self._reader = Reader(storage, folder, check=check)
         self._kept: dict[tuple[str, int], Tensor] = {}
+        self._gates: dict[tuple[str, int], threading.Lock] = {}
         self._lock = threading.Lock()
         self.index: Index = {}
         self._chunks: dict[str, list[tuple[Shape, Shape, str, int, int]]] = {}
@@ -82,6 +79,9 @@ class StepSource:
             target.copy_(piece)
         return out
 
+    def locate(self, name: str, start: Shape, size: Shape) -> None:
+        """Return None: a piece is checked as a whole before a number of it is used."""
+
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> tuple[Shape, Shape, str, int, int]:
         info = self._reader.metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
         if info is None:
@@ -89,78 +89,34 @@ class StepSource:
         return tuple(chunk.offsets), tuple(chunk.sizes), info.relative_path, info.offset, info.length
 
     def _piece(self, file: str, offset: int, length: int, shape: Shape, name: str) -> Tensor:
+        """Return a stored piece; several may be read at once, none twice at once."""
+        key = (file, offset)
         with self._lock:
-            kept = self._kept.get((file, offset))
+            gate = self._gates.setdefault(key, threading.Lock())
+        with gate:
+            kept = self._kept.get(key)
             if kept is not None:
                 return kept
-            while self._kept and sum(t.nbytes for t in self._kept.values()) + length > _KEEP:
-                self._kept.pop(next(iter(self._kept)))
             with self._reader.open(file) as handle:
-                if length <= _READ_AT_ONCE:
-                    piece = self._reader.read_piece(handle, file, offset, length)
-                else:
-                    piece = _load_large(self._reader, handle, file, offset, length)
+                piece = self._reader.read_piece(handle, file, offset, length)
             if tuple(piece.shape) != shape:
                 message = f"a piece of `{name}` is {list(piece.shape)}, the metadata says {list(shape)}"
                 raise CheckpointError(message, where=self._reader.step_path)
-            self._kept[file, offset] = piece
+            with self._lock:
+                while self._kept and sum(t.nbytes for t in self._kept.values()) + length > _KEEP:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[key] = piece
             return piece
 
 
-def _load_large(reader: Reader, handle: Any, file: str, offset: int, length: int) -> Tensor:
-    """Check and load a piece without its bytes and its numbers in memory at once."""
-    window, where = _Window(handle, offset, length), f"{reader.step_path}/{file}"
-    if reader.check:
-        digest = hashlib.sha256()
-        while data := window.read(_HASH_AT_ONCE):
-            digest.update(data)
-        if reader.manifest.pieces.get(file, {}).get(offset) != (length, digest.hexdigest()[:32]):
-            raise CheckpointError(f"bytes {offset} to {offset + length} do not have the manifest's hash", where=where)
-        window.seek(0)
-    try:
-        piece = torch.load(window, map_location="cpu", weights_only=True)  # pyright: ignore[reportArgumentType]
-    except Exception as error:  # damaged archives raise nearly anything
-        raise CheckpointError(f"cannot read a tensor at byte {offset}: {error}", where=where) from error
-    if not isinstance(piece, Tensor):
-        raise CheckpointError(f"what lies at byte {offset} is not a tensor", where=where)
-    return piece
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
-
-    def __init__(self, file: Any, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self._length - self._at)]
-        self._file.seek(self._offset + self._at)
-        count = self._file.readinto(view)
-        self._at += count
-        return count
-
-
-class _Unsynced:
-    """A folder whose files are not waited for: whoever writes many syncs them together, before the commit."""
-
-    def __init__(self, storage: LocalStorage) -> None:
-        self._root = Path(storage.root)
-
-    def open(self, path: str, mode: str) -> Any:
-        return (self._root / path).open(mode, buffering=WRITE_AT_ONCE)
+def _hash_of(file: Any, offset: int, length: int) -> str:
+    """Return the hash of a part of a file, read again."""
+    digest, buffer = new_hash(), memoryview(bytearray(WRITE_AT_ONCE))
+    file.seek(offset)
+    while length and (count := file.readinto(buffer[: min(length, len(buffer))])):
+        digest.update(buffer[:count])
+        length -= count
+    return digest.hexdigest()
 
 
 class StepSink:
@@ -181,26 +137,32 @@ class StepSink:
     def prepare(self) -> None:
         """Nothing to make: every job makes its own file."""
 
-    def write(self, job: Any, pieces: Iterator[tuple[Any, Tensor]]) -> dict[str, Any]:
+    def path(self, job: Any) -> Path:
+        """Return the job's data file."""
+        return Path(self.storage.root) / self.storage.pending(self.step) / job.file
+
+    def write(self, job: Any, pieces: Iterator[tuple[Any, Iterable[memoryview]]]) -> dict[str, Any]:
         """Write a data file; the record says where in it each slab lies, with its hash."""
-        writer = Writer(cast(Storage, _Unsynced(self.storage)), self.storage.pending(self.step), job.number)
-        placed = writer.write_pieces((slab.name, slab.start, tensor) for slab, tensor in pieces)
-        hashes = writer.pieces.get(writer.file_name, {})
-        info = [result.storage_data for result in placed]
-        return {"pieces": [[i.offset, *hashes[i.offset]] for i in info]}
+        placed: list[tuple[int, int, str]] = []
+        at = 0
+        with self.path(job).open("wb", buffering=0) as file:
+            for slab, chunks in pieces:
+                head, tail = piece_frame(slab.size, self._index[slab.name][1])
+                start, digest = at, new_hash()
+                for part in itertools.chain((head,), chunks, (tail,)):
+                    digest.update(part)
+                    write_all(file, part)
+                    at += len(part)
+                placed.append((start, at - start, digest.hexdigest()))
+        return {"pieces": placed}
 
     def check(self, job: Any, record: dict[str, Any]) -> list[str]:
         """Read every slab again."""
-        file = Writer(self.storage, "", job.number).file_name
-        path = f"{self.storage.pending(self.step)}/{file}"
         problems = []
-        with self.storage.open(path, "rb") as handle:
+        with self.path(job).open("rb", buffering=0) as file:
             for slab, (offset, length, wanted) in zip(job.slabs, record["pieces"], strict=True):
-                window, digest = _Window(handle, offset, length), hashlib.sha256()
-                while data := window.read(_HASH_AT_ONCE):
-                    digest.update(data)
-                if digest.hexdigest()[:32] != wanted:
-                    problems.append(f"`{slab.name}` in {file} is not what was written")
+                if _hash_of(file, offset, length) != wanted:
+                    problems.append(f"`{slab.name}` in {job.file} is not what was written")
         return problems
 
     def finish(self, records: dict[int, dict[str, Any]]) -> None:
@@ -210,13 +172,12 @@ class StepSink:
         entries = {name: _entry(shape, dtype) for name, (shape, dtype) in self._index.items()}
         results = []
         for job in self.jobs:
-            file = Writer(self.storage, "", job.number).file_name
-            hashes = manifest.pieces.setdefault(file, {})
+            hashes = manifest.pieces.setdefault(job.file, {})
             for slab, (offset, length, digest) in zip(job.slabs, records[job.number]["pieces"], strict=True):
                 hashes[offset] = (length, digest)
                 start = torch.Size(slab.start)
                 entries[slab.name].chunks.append(ChunkStorageMetadata(start, torch.Size(slab.size)))
-                info = _StorageInfo(file, offset, length)
+                info = _StorageInfo(job.file, offset, length)
                 results.append(WriteResult(MetadataIndex(slab.name, start), length, info))
         writer.finish(Metadata(dict(entries)), [results])
         for name, content in self._texts.items():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import pickle
-from collections.abc import Iterable
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -15,9 +12,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from titan_core.checkpoint.manifest import content_hash
+from titan_core.checkpoint.manifest import content_hash, new_hash
 from titan_core.checkpoint.storage import Storage
 from titan_core.runtime.disk import WRITE_AT_ONCE
+from titan_core.runtime.torch_archive import Archive, bytes_view
 
 METADATA = ".metadata"
 
@@ -65,12 +63,6 @@ class Writer(StorageWriter):
         done.set_result(results)
         return done
 
-    def write_pieces(self, pieces: Iterable[tuple[str, tuple[int, ...], torch.Tensor]]) -> list[WriteResult]:
-        """Write regions of tensors, (name, where the region begins, its values), without a plan of DCP's."""
-        with self.storage.open(f"{self.folder}/{self.file_name}", "wb") as file:
-            hashed = _HashingFile(file)
-            return [self._write(hashed, MetadataIndex(name, torch.Size(at)), tensor) for name, at, tensor in pieces]
-
     def write_file(self, name: str, data: bytes) -> None:
         """Write a whole file of the step and remember its hash."""
         with self.storage.open(f"{self.folder}/{name}", "wb") as file:
@@ -93,16 +85,11 @@ class Writer(StorageWriter):
         return True
 
     def _write(self, file: _HashingFile, index: MetadataIndex, tensor: torch.Tensor) -> WriteResult:
+        tensor = tensor.detach().cpu().contiguous()
+        head, tail = piece_frame(tuple(tensor.shape), tensor.dtype)
         file.start_piece()
-        tensor = tensor.detach()
-        if tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.cpu().clone()  # torch.save would store the whole storage of a view
-        try:
-            torch.save(tensor, cast(IO[bytes], file))  # it has what torch.save uses of a file
-        except RuntimeError:
-            if file.error is not None:  # torch reports a failed write as a broken archive
-                raise file.error from None
-            raise
+        for part in (head, bytes_view(tensor), tail):
+            file.write(part)
         offset, length, digest = file.end_piece()
         self.pieces.setdefault(self.file_name, {})[offset] = (length, digest)
         return WriteResult(
@@ -112,36 +99,34 @@ class Writer(StorageWriter):
         )
 
 
-class _HashingFile(io.RawIOBase):
+def piece_frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """Return what stands before and after the bytes of a tensor in a data file: DCP's pieces are files of torch.save.
+
+    They carry no CRC of their own: torch.load asks for none, and the manifest has a better hash.
+    """
+    (_, head), (_, tail) = Archive({"": (shape, dtype)}, bare=True).frame({})
+    return head, tail
+
+
+class _HashingFile:
     """A write-only file that counts and hashes what passes through it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._position = 0
-        self.error: OSError | None = None
         self.start_piece()
 
     def start_piece(self) -> None:
         self._start = self._position
-        self._hash = hashlib.sha256()
+        self._hash = new_hash()
 
     def end_piece(self) -> tuple[int, int, str]:
         return self._start, self._position - self._start, self._hash.hexdigest()[:32]
 
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        try:
-            for start in range(0, len(view), WRITE_AT_ONCE):
-                self._file.write(view[start : start + WRITE_AT_ONCE])
-        except OSError as error:
-            self.error = error
-            raise
-        self._hash.update(view)
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), WRITE_AT_ONCE):
+            part = view[start : start + WRITE_AT_ONCE]
+            self._hash.update(part)
+            self._file.write(part)
         self._position += len(view)
-        return len(view)
-
-    def writable(self) -> bool:
-        return True
-
-    def flush(self) -> None:
-        """Leave flushing to the file itself."""

@@ -10,7 +10,7 @@ from titan_core.config.values import shown
 from titan_core.runtime.errors import Problem
 
 FLOAT8, MX = "quantize.linear.float8", "quantize.linear.mx"
-EXPERTS = ("quantize.grouped_mm.float8", "quantize.grouped_mm.mx")
+FLOAT8_EXPERTS, MX_EXPERTS = "quantize.grouped_mm.float8", "quantize.grouped_mm.mx"
 AUTO_FILTER = "auto_filter_small_kn"  # in filter_fqns: leave out the layers that are too small to gain from float8
 MULTIPLE = {FLOAT8: 16, MX: 32}  # float8 matmuls want sides of 16 bytes, MX shares a scale among 32 numbers
 
@@ -18,9 +18,9 @@ MULTIPLE = {FLOAT8: 16, MX: 32}  # float8 matmuls want sides of 16 bytes, MX sha
 def problems(config: Config) -> Iterator[Problem]:
     """Return what is wrong with `model.converters` and the options of those that it names."""
     names = config.model.converters
-    known = (FLOAT8, MX)
+    known = (FLOAT8, MX, FLOAT8_EXPERTS)
     for name in names:
-        if name in EXPERTS:
+        if name == MX_EXPERTS:
             message = f"`model.converters`: {name} is not supported in this version"
             yield Problem("model.converters", message, tip=f"leave it out; known: {', '.join(known)}")
         elif name not in known:
@@ -28,7 +28,7 @@ def problems(config: Config) -> Iterator[Problem]:
             tip = f"did you mean `{near[0]}`? " if near else ""
             message = f"`model.converters` has no converter `{shown(name)}`"
             yield Problem("model.converters", message, tip=f"{tip}known: {', '.join(known)}")
-    found = [name for name in names if name in known]
+    found = [name for name in names if name in (FLOAT8, MX)]
     if len(found) > 1:
         message = f"`model.converters` names {' and '.join(found)}, and a layer can be converted once"
         yield Problem("model.converters", message, tip="leave one")
@@ -48,6 +48,9 @@ def remarks(config: Config) -> list[str]:
         said.append(
             f"`{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp` does nothing without `enable_fsdp_float8_all_gather`"
         )
+    experts = config.quantize.grouped_mm.float8
+    if experts.fqns and FLOAT8_EXPERTS not in config.model.converters:
+        said.append(f"`{FLOAT8_EXPERTS}.fqns` does nothing: `model.converters` does not name {FLOAT8_EXPERTS}")
     return said
 
 

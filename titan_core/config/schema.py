@@ -386,8 +386,11 @@ class QuantizeLinear:
 class Float8GroupedMM:
     """Float8 expert matmuls."""
 
+    recipe_name: Literal["blockwise", "rowwise"] = "blockwise"
+    """Blockwise: a scale for each 128 numbers of a row and each 128 x 128 weights, all products in float8. Rowwise: a
+    scale for each row, and the weights' gradient in high precision."""
     fqns: list[str] = field(default_factory=list)
-    """Modules whose experts are quantized."""
+    """Experts that are quantized: parts of their names; none: all."""
 
 
 @dataclass(frozen=True)

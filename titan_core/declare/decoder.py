@@ -6,7 +6,7 @@ module that these words describe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,12 +50,12 @@ BLOCKS = ("layers.*",)
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSizes:
-    """Sizes that every decoder has. A family adds `head_dim`, as a size or derived, and what else it needs."""
+    """Sizes that every decoder has. A family adds `head_dim`, as a size or derived: what rotates of a head; and
+    `n_kv_heads`, and what else it needs."""
 
     dim: Positive
     n_layers: Positive
     n_heads: Positive
-    n_kv_heads: Positive
     ffn_dim: Positive
     vocab_size: Positive
     norm_eps: PositiveFloat
@@ -66,8 +66,6 @@ class DecoderSizes:
     attention_mask: Literal["causal", "block_causal"] = "causal"
 
     def __post_init__(self) -> None:
-        if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
         head_dim = getattr(self, "head_dim")  # noqa: B009 - a field in one family, a property in another
         if head_dim % 2:
             raise ValueError(f"a head is {head_dim} wide, which is odd: no rotation")
@@ -77,15 +75,42 @@ class DecoderSizes:
         return False
 
 
-def parameters(sizes: Any, head_norms: Sequence[str] = ()) -> tuple[Parameter, ...]:
-    """List the parameters in the order of the module. A tied table starts as a head does: it makes the logits.
+@dataclass(frozen=True, kw_only=True)
+class GroupedQuerySizes(DecoderSizes):
+    """Sizes of decoders whose query heads share `n_kv_heads` heads of keys and values."""
 
-    `head_norms` are norms inside of the attention, one scale for a head's width.
-    """
+    n_kv_heads: Positive
+
+    def __post_init__(self) -> None:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads {self.n_kv_heads} does not divide n_heads {self.n_heads}")
+        super().__post_init__()
+
+
+AttentionParameters = Callable[[Any, str, Normal, Normal], Iterator[Parameter]]
+"""Lists the parameters of an attention module: sizes, its name, how projections start, and how those start that write
+to the residual stream."""
+
+
+def grouped_query(
+    sizes: Any, prefix: str, inner: Normal, residual: Normal, head_norms: Sequence[str] = ()
+) -> Iterator[Parameter]:
+    """List the parameters of `nn.decoder.GroupedQueryAttention`; `head_norms` have one scale for a head's width."""
+    query, key = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
+    yield Parameter(f"{prefix}.wq.weight", (query, sizes.dim), "hidden", inner)
+    yield Parameter(f"{prefix}.wk.weight", (key, sizes.dim), "hidden", inner)
+    yield Parameter(f"{prefix}.wv.weight", (key, sizes.dim), "hidden", inner)
+    yield Parameter(f"{prefix}.wo.weight", (sizes.dim, query), "hidden", residual)
+    for norm in head_norms:
+        yield Parameter(f"{prefix}.{norm}.weight", (sizes.head_dim,), "norm", Constant(1.0))
+
+
+def parameters(sizes: Any, attention: AttentionParameters = grouped_query) -> tuple[Parameter, ...]:
+    """List the parameters in the order of the module. A tied table starts as a head does: it makes the logits."""
     table, head = (sizes.vocab_size, sizes.dim), Normal(sizes.dim**-0.5, cut=3.0)
     listed = [Parameter("tok_embeddings.weight", table, "embedding", head if sizes.tied else Normal(1.0))]
     for layer in range(sizes.n_layers):
-        listed += _block(sizes, layer, head_norms)
+        listed += block(sizes, layer, attention)
     listed.append(Parameter("norm.weight", (sizes.dim,), "norm", Constant(1.0)))
     tied_to = "tok_embeddings.weight" if sizes.tied else None
     listed.append(Parameter("output.weight", table, "output", head, tied_to=tied_to))
@@ -105,19 +130,12 @@ def deviations(sizes: Any, layer: int) -> tuple[Normal, Normal]:
     return Normal(0.02), Normal(0.02 / (2 * depth) ** 0.5)
 
 
-def _block(sizes: Any, layer: int, head_norms: Sequence[str]) -> Iterator[Parameter]:
-    dim = sizes.dim
-    query, key = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
-    (inner, residual), one = deviations(sizes, layer), Constant(1.0)
-    prefix = f"layers.{layer}"
-    yield Parameter(f"{prefix}.attention_norm.weight", (dim,), "norm", one)
-    yield Parameter(f"{prefix}.attention.wq.weight", (query, dim), "hidden", inner)
-    yield Parameter(f"{prefix}.attention.wk.weight", (key, dim), "hidden", inner)
-    yield Parameter(f"{prefix}.attention.wv.weight", (key, dim), "hidden", inner)
-    yield Parameter(f"{prefix}.attention.wo.weight", (dim, query), "hidden", residual)
-    for norm in head_norms:
-        yield Parameter(f"{prefix}.attention.{norm}.weight", (sizes.head_dim,), "norm", one)
-    yield Parameter(f"{prefix}.ffn_norm.weight", (dim,), "norm", one)
+def block(sizes: Any, layer: int, attention: AttentionParameters) -> Iterator[Parameter]:
+    """List the parameters of a block."""
+    prefix, one = f"layers.{layer}", Constant(1.0)
+    yield Parameter(f"{prefix}.attention_norm.weight", (sizes.dim,), "norm", one)
+    yield from attention(sizes, f"{prefix}.attention", *deviations(sizes, layer))
+    yield Parameter(f"{prefix}.ffn_norm.weight", (sizes.dim,), "norm", one)
     yield from mlp(sizes, layer)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from titan_core.declare.rope import RopeScaling
+from titan_core.declare.rope import RopeScaling, Yarn
 from titan_core.runtime.errors import UsageError
 
 Sizes = TypeVar("Sizes")
@@ -113,3 +113,33 @@ def write_llama3_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
     values = dataclasses.asdict(scaling)
     original = values.pop("original_max_seq_len")
     return {"rope_type": "llama3", **values, "original_max_position_embeddings": original}
+
+
+def read_yarn(config: Config) -> Yarn | None:
+    """Return YaRN's stretch of the rotary frequencies, None if there is none; other kinds are refused."""
+    kind, rope = config.rope_type(), config.rope()
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise UsageError(f"the rotation's scaling is `{kind}`, and titan computes `yarn` or none", where=config.name)
+    read = Config(rope, f"{config.name}, rope_scaling")
+    read.only(truncate=True)
+    if rope.get("attention_factor") is not None:
+        raise UsageError("`attention_factor` is set, and titan computes it from the mscales", where=read.name)
+    return read.sizes(
+        Yarn,
+        factor=read.number("factor"),
+        original_max_seq_len=read.integer("original_max_position_embeddings"),
+        beta_fast=read.number("beta_fast", 32.0),
+        beta_slow=read.number("beta_slow", 1.0),
+        **{key: read.number(key) if rope.get(key) else 0.0 for key in ("mscale", "mscale_all_dim")},
+    )
+
+
+def write_yarn(scaling: Yarn | None) -> dict[str, Any] | None:
+    """Return `rope_scaling` as transformers reads it."""
+    if scaling is None:
+        return None
+    values = dataclasses.asdict(scaling)
+    original = values.pop("original_max_seq_len")
+    return {"rope_type": "yarn", "type": "yarn", **values, "original_max_position_embeddings": original}

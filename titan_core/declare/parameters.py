@@ -58,10 +58,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention layer, as FLOP and memory counts need it."""
+    """One attention layer, as FLOP and memory counts need it.
+
+    `cached` is what a cache keeps of a token: heads and two widths; without it, that of keys and values.
+    """
 
     num_heads: int
     num_kv_heads: int
     qk_dim: int
     v_dim: int
     window: int | None = None
+    cached: tuple[int, int, int] | None = None

@@ -148,16 +148,8 @@ def _head(model: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _cache(attentions: Sequence[Attention], rows: int, capacity: int, weight: Tensor) -> KVCache:
-    first = attentions[0]
-    return KVCache(
-        layers=len(attentions),
-        batch=rows,
-        capacity=capacity,
-        kv_heads=first.num_kv_heads,
-        head_dim=first.qk_dim,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
+    kept = [a.cached or (a.num_kv_heads, a.qk_dim, a.v_dim) for a in attentions]
+    return KVCache(kept=kept, batch=rows, capacity=capacity, device=weight.device, dtype=weight.dtype)
 
 
 def _pad(prompts: Sequence[Sequence[int]], limit: int) -> Tensor:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from titan_core.interop.files import Run
 
 Shape = tuple[int, ...]
 Index = Mapping[str, tuple[Shape, torch.dtype]]
@@ -26,6 +29,10 @@ class Source(Protocol):
         """Return a region of a tensor on the CPU. Raises `CheckpointError`."""
         ...
 
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a file holds the bytes that `read` would return, one after the other; None if none does."""
+        ...
+
 
 @dataclass(frozen=True)
 class Slab:
@@ -39,6 +46,13 @@ class Slab:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.size)
+
+    def first(self, shape: Shape) -> int:
+        """Return how many elements come before it in the tensor, whose shape is given."""
+        found = 0
+        for length, start in zip(shape, self.start, strict=True):
+            found = found * length + start
+        return found
 
 
 def read_whole(source: Source, name: str) -> Tensor:
@@ -90,8 +104,3 @@ def _walk(base: int, size: Sequence[int], strides: Sequence[int]) -> Iterator[in
         return
     for i in range(size[0]):
         yield from _walk(base + i * strides[0], size[1:], strides[1:])
-
-
-def bytes_view(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, not copied."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

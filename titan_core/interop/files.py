@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from titan_core.interop.boxes import Shape, bytes_view, runs
+from titan_core.interop.boxes import Shape, runs
 from titan_core.runtime.errors import CheckpointError
+from titan_core.runtime.torch_archive import bytes_view
 
 _OPEN_FILES = 64
 
@@ -68,6 +71,34 @@ class ByteReader:
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
             return file
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes that follow one another in a file."""
+
+    reader: ByteReader
+    path: Path
+    offset: int
+    length: int
+
+    def chunks(self, buffer: memoryview) -> Iterator[memoryview]:
+        """Read them, a buffer at a time: what is yielded is overwritten by what comes next."""
+        for at in range(0, self.length, len(buffer)):
+            view = buffer[: min(len(buffer), self.length - at)]
+            self.reader.read_into(self.path, self.offset + at, view)
+            yield view
+
+
+def locate(
+    reader: ByteReader, path: Path, offset: int, shape: Shape, dtype: torch.dtype, start: Shape, size: Shape
+) -> Run | None:
+    """Return where a region of a tensor that is stored row by row at `offset` lies, None if not in one run."""
+    length, starts = runs(shape, start, size)
+    numel = torch.Size(size).numel()
+    if length != numel or not numel:
+        return None
+    return Run(reader, path, offset + next(starts) * dtype.itemsize, numel * dtype.itemsize)
 
 
 def inside(folder: Path, name: str) -> Path:

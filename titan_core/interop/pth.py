@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from titan_core.interop.boxes import Index, Shape
-from titan_core.interop.files import ByteReader, inside
+from titan_core.interop.files import ByteReader, Run, inside, locate
 from titan_core.interop.safetensors import Stored, some
 from titan_core.runtime.errors import CheckpointError
 
@@ -55,6 +55,11 @@ class PthSource:
         """Return a region of a tensor."""
         stored = self.stored[name]
         return self.reader.region(stored.path, stored.offset, stored.shape, stored.dtype, start, size)
+
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies."""
+        stored = self.stored[name]
+        return locate(self.reader, stored.path, stored.offset, stored.shape, stored.dtype, start, size)
 
 
 class MetaSource(PthSource):

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
-from titan_core.interop.boxes import Index, Shape, Slab, bytes_view
-from titan_core.interop.files import ByteReader
+from titan_core.interop.boxes import Index, Shape, Slab
+from titan_core.interop.files import ByteReader, Run
 from titan_core.interop.safetensors import INDEX, NAMES, SINGLE
 from titan_core.interop.stream import Job, Pieces, divide, job_limit
-from titan_core.runtime.disk import WRITE_AT_ONCE
+from titan_core.runtime.disk import WRITE_AT_ONCE, write_all
 from titan_core.runtime.errors import CheckpointError
-
-_CHECK = 16 << 20  # bytes that are read at once for a checksum
 
 
 class SafetensorsSink:
@@ -52,25 +49,32 @@ class SafetensorsSink:
                 out.write(header)
                 out.truncate(size)
 
+    def path(self, job: Job) -> Path:
+        """Return the file that a job writes into."""
+        return self.folder / job.file
+
     def write(self, job: Job, pieces: Pieces) -> dict[str, Any]:
-        """Write slabs to their places; the record has a checksum of each."""
-        sums = []
-        handle = os.open(self.folder / job.file, os.O_WRONLY)
-        try:
-            for slab, tensor in pieces:
-                data = bytes_view(tensor)
-                _write_all(handle, data, self._offset(slab))
-                sums.append(zlib.crc32(data))
-        finally:
-            os.close(handle)
-        return {"crc": sums}
+        """Write slabs to their places; the record has a hash of each."""
+        hashes = []
+        with self.path(job).open("r+b", buffering=0) as file:
+            for slab, chunks in pieces:
+                digest = xxhash.xxh3_128()
+                file.seek(self._offset(slab))
+                for chunk in chunks:
+                    digest.update(chunk)
+                    write_all(file, chunk)
+                hashes.append(digest.hexdigest())
+        return {"hashes": hashes}
 
     def check(self, job: Job, record: dict[str, Any]) -> list[str]:
         """Read every slab again."""
-        reader, problems = ByteReader(), []
-        for slab, wanted in zip(job.slabs, record["crc"], strict=True):
+        reader, buffer, problems = ByteReader(), memoryview(bytearray(WRITE_AT_ONCE)), []
+        for slab, wanted in zip(job.slabs, record["hashes"], strict=True):
+            digest = xxhash.xxh3_128()
             size = slab.numel * self._index[slab.name][1].itemsize
-            if checksum(reader, self.folder / job.file, self._offset(slab), size) != wanted:
+            for chunk in Run(reader, self.path(job), self._offset(slab), size).chunks(buffer):
+                digest.update(chunk)
+            if digest.hexdigest() != wanted:
                 problems.append(f"`{slab.name}` in {job.file} is not what was written")
         return problems
 
@@ -84,20 +88,7 @@ class SafetensorsSink:
 
     def _offset(self, slab: Slab) -> int:
         shape, dtype = self._index[slab.name]
-        first = 0
-        for length, start in zip(shape, slab.start, strict=True):
-            first = first * length + start
-        return self._offsets[slab.name] + first * dtype.itemsize
-
-
-def checksum(reader: ByteReader, path: Path, offset: int, size: int) -> int:
-    """Return the CRC-32 of a range of a file."""
-    found, buffer = 0, bytearray(min(size, _CHECK))
-    for at in range(0, size, _CHECK):
-        view = memoryview(buffer)[: min(_CHECK, size - at)]
-        reader.read_into(path, offset + at, view)
-        found = zlib.crc32(view, found)
-    return found
+        return self._offsets[slab.name] + slab.first(shape) * dtype.itemsize
 
 
 def _bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -134,9 +125,3 @@ def _header(names: Sequence[str], index: Index) -> bytes:
     text = json.dumps(tree, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _write_all(handle: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done : done + WRITE_AT_ONCE], offset + done)

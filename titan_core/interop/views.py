@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from titan_core.interop.boxes import Index, Shape, Source, overlap, read_whole
+from titan_core.interop.files import Run
 from titan_core.interop.mapping import Mapping, Piece
 from titan_core.runtime.errors import CheckpointError
 
@@ -33,6 +34,15 @@ class OurView:
                 found.append((shared[0], _ours_of(self.source, piece, *shared)))
         return _assemble(found, start, size, self.index[name][1])
 
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies: within one piece that is theirs as it is."""
+        for piece in self.mapping.ours[name]:
+            if _shared(start, size, piece.start, piece.size) == (start, size):
+                at = _plainly(start, piece.start, piece.their_start, piece)
+                same = self.source.index[piece.theirs][1] == self.index[name][1]
+                return self.source.locate(piece.theirs, at, size) if at is not None and same else None
+        return None
+
 
 class TheirView:
     """One of our checkpoints under foreign names."""
@@ -53,6 +63,15 @@ class TheirView:
             if shared is not None:
                 found.append((shared[0], _theirs_of(self.source, piece, *shared)))
         return _assemble(found, start, size, self.index[name][1])
+
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies: within one piece that is ours as it is."""
+        for piece in self.mapping.theirs[self.mapping.copies.get(name, name)]:
+            if _shared(start, size, piece.their_start, piece.their_size) == (start, size):
+                at = _plainly(start, piece.their_start, piece.start, piece)
+                same = self.source.index[piece.ours][1] == self.index[name][1]
+                return self.source.locate(piece.ours, at, size) if at is not None and same else None
+        return None
 
 
 def unequal_copies(source: Source, mapping: Mapping) -> list[str]:
@@ -78,6 +97,11 @@ class CastView:
         """Return a region, cast."""
         return self.source.read(name, start, size).to(self.index[name][1])
 
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies that is not cast."""
+        same = self.source.index[name][1] == self.index[name][1]
+        return self.source.locate(name, start, size) if same else None
+
 
 def _dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     """Return the dtype that holds all of these without loss."""
@@ -93,6 +117,13 @@ def _shared(start: Shape, size: Shape, other: Shape, other_size: Shape) -> tuple
     if any(n == 0 for _, n in both) and 0 not in size:
         return None
     return tuple(s for s, _ in both), tuple(n for _, n in both)
+
+
+def _plainly(start: Shape, base: Shape, other_base: Shape, piece: Piece) -> Shape | None:
+    """Return where a place of one side is on the other, None for a piece that is turned or rotated."""
+    if piece.rotary or piece.order != tuple(range(len(piece.size))):
+        return None
+    return tuple(other + at - low for at, low, other in zip(start, base, other_base, strict=True))
 
 
 def _assemble(found: list[tuple[Shape, Tensor]], start: Shape, size: Shape, dtype: torch.dtype) -> Tensor:
@@ -216,6 +247,10 @@ class Dequantised:
             out[top:bottom] *= columns
         return out.to(self.dtype)
 
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies of a tensor without scales."""
+        return None if name in self.scales else self.source.locate(name, start, size)
+
 
 class Quantised:
     """A source whose named weights are written as float8 with a scale for each 128 x 128 block.
@@ -258,6 +293,11 @@ class Quantised:
         for dim in range(2):
             quantised = quantised.narrow(dim, start[dim] - begin[dim], size[dim])
         return quantised.contiguous()
+
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies of a tensor that stays as it is."""
+        plain = name in self.source.index and name not in self.names
+        return self.source.locate(name, start, size) if plain else None
 
 
 def block_scales(values: Tensor) -> Tensor:

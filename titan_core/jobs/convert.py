@@ -29,6 +29,7 @@ from titan_core.jobs import foreign
 from titan_core.jobs.export_files import hf_files, meta_files
 from titan_core.jobs.foreign import Opened, open_weights
 from titan_core.jobs.partial import Partial
+from titan_core.runtime.disk import WriteBehind
 from titan_core.runtime.errors import CheckpointError, MachineError, UsageError
 from titan_core.runtime.events import Listener, Note, Planned, Progress, Warned, silent
 from titan_core.runtime.host_memory import keep_freed_memory
@@ -37,6 +38,11 @@ Route = Literal["hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-
 ROUTES: tuple[Route, ...] = ("hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = "fp8-block"
+# What the folders of a route's source hold, where it is not a step.
+_HOLDS = {
+    "hf": "config.json and *.safetensors; `titan download REPO` fetches one",
+    "meta": "params.json and consolidated.00.pth",
+}
 _STEP = 0  # a conversion's result is a run's state before its first step
 
 
@@ -120,8 +126,9 @@ def _make(
         if kept and ranks.is_main:
             listener(Note(f"going on: {kept:,} bytes are there"))
         todo = [job for job in ours if job.number not in known]
-        known |= ranks.agree(lambda: _work(view, sink, todo, partial, ranks, listener), target)
-        verify_seconds = _verify(sink, ours, known, ranks, listener) if verify else None
+        with WriteBehind() as behind:
+            known |= ranks.agree(lambda: _work(view, sink, todo, partial, behind, ranks, listener), target)
+            verify_seconds = _verify(sink, ours, known, ranks, listener) if verify else None
         known = {number: record for found in ranks.gather(known, target) for number, record in found.items()}
         ranks.agree(lambda: _finish(sink, known, partial) if ranks.is_main else None, target)
     except Exception:
@@ -141,6 +148,10 @@ def _peak_rss() -> int:
 def _open(route: Route, source: str, options: Options) -> Opened:
     """Open the source, and look that it has the format that the route says."""
     wanted = route.partition("-to-")[0]
+    if wanted in _HOLDS and "://" in source:
+        raise UsageError(f"`{source}` is not a local folder", tip="copy it to one first")
+    if wanted in _HOLDS and not Path(source).exists():
+        raise UsageError(f"there is nothing at `{source}`", tip=f"{route} reads a folder with {_HOLDS[wanted]}")
     kind = foreign.kind_of(source)
     if kind != wanted:
         fitting = [name for name in ROUTES if name.startswith(f"{kind}-to-")]
@@ -236,6 +247,7 @@ class _SingleFile(Partial):
 
     def commit(self) -> None:
         """Move the file and remove the folder."""
+        self.sync()
         (self.folder / self.target.name).rename(self.target)
         self.abandon()
 
@@ -272,13 +284,20 @@ def _sound(sink: Any, jobs: list[stream.Job], partial: Partial) -> dict[int, dic
 
 
 def _work(
-    view: Source, sink: Any, todo: list[stream.Job], partial: Partial, ranks: Ranks, listener: Listener
+    view: Source,
+    sink: Any,
+    todo: list[stream.Job],
+    partial: Partial,
+    behind: WriteBehind,
+    ranks: Ranks,
+    listener: Listener,
 ) -> dict[int, dict[str, Any]]:
     """Do this rank's jobs and note each in the journal."""
     records: dict[int, dict[str, Any]] = {}
 
     def done(job: stream.Job, record: dict[str, Any]) -> None:
         partial.record(ranks.rank, job.number, record)
+        behind.start(sink.path(job))
         records[job.number] = record
 
     stream.run(view, sink, todo, done=done, progress=_counter("convert", todo, ranks, listener))
@@ -294,9 +313,13 @@ def _verify(
 
     def work() -> None:
         problems: list[str] = []
-        for job in jobs:
-            problems += sink.check(job, records[job.number])
-            count(job.num_bytes)
+
+        def check(job: stream.Job, meter: stream.Meter) -> list[str]:
+            found = sink.check(job, records[job.number])
+            meter.add(job.num_bytes)
+            return found
+
+        stream.spread(check, jobs, done=lambda _, found: problems.extend(found), progress=count)
         if problems:
             message = f"{len(problems)} pieces differ from what was written: {'; '.join(problems[:4])}"
             raise CheckpointError(message, tip="the disk or the memory of this machine is not sound")

@@ -116,7 +116,8 @@ def kind_of(path: str) -> Format:
     except CheckpointError as error:
         if error.message.endswith("holds no complete checkpoint"):
             message = f"{error.message}, no *.safetensors and no consolidated.*.pth"
-            raise CheckpointError(message, where=error.where, tip=error.tip) from None
+            tip = "give a Hugging Face folder, a Meta folder, a run folder or one of its step-N folders"
+            raise CheckpointError(message, where=error.where, tip=tip) from None
         raise
     return "dcp"
 

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from titan_core.runtime.disk import sync
 from titan_core.runtime.errors import RunFailed, UsageError
 
 _PLAN = "plan.json"
@@ -76,9 +77,7 @@ class Partial:
         """Wait until all is on the disk."""
         for folder, _, names in os.walk(self.folder):
             for name in (*names, "."):
-                handle = os.open(os.path.join(folder, name), os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
+                sync(os.path.join(folder, name))
 
     def abandon(self) -> None:
         """Remove everything."""

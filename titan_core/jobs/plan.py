@@ -40,7 +40,7 @@ def run(resolved: Resolved, world_size: int, device_type: str | None = None) -> 
     family, sizes = resolve(config.model)
     with torch.device("meta"):
         model = family.build(sizes)
-    declared = [p for p in family.parameters(sizes) if p.tied_to is None]
+    declared = [p for p in family.parameters(sizes) if p.tied_to is None and p.trained]
     if [(p.name, p.shape) for p in declared] != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
         raise RunFailed(f"{family.name} does not declare the parameters that it has")
     blocks = find(model, family.blocks)

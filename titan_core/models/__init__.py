@@ -15,6 +15,7 @@ from titan_core.declare.family import Family
 from titan_core.runtime.errors import ConfigError, Problem
 
 FAMILIES = {
+    "deepseek_v3": "titan_core.models.deepseek_v3",
     "llama3": "titan_core.models.llama3",
     "llama4": "titan_core.models.llama4",
     "qwen3": "titan_core.models.qwen3",

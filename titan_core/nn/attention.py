@@ -83,31 +83,40 @@ def chunk_mask(mask: Mask, chunk: int, positions_T: Tensor, keys: int) -> Mask:
 class Attention(nn.Module):
     """`attention` as a module without weights: a place in a model that engines can find by its name."""
 
+    def __init__(self, scale: float | None = None) -> None:
+        super().__init__()
+        self.scale = scale
+
     def forward(self, q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Tensor:
         """Return (B, T, H, C)."""
-        return attention(q_BTHC, k_BSKC, v_BSKC, mask)
+        return attention(q_BTHC, k_BSKC, v_BSKC, mask, self.scale)
 
 
-def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask) -> Tensor:
-    """Return softmax(q k^T / sqrt(C)) v as (B, T, H, C); query heads share key/value heads without copying them.
+def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask, scale: float | None = None) -> Tensor:
+    """Return softmax(q k^T scale) v as (B, T, H, C); query heads share key/value heads without copying them.
 
-    Queries are the last T of the S positions. The values may be wider or narrower than the keys.
+    Queries are the last T of the S positions. The values may be wider or narrower than the keys. `scale` is
+    1 / sqrt(C) if it is not given.
     """
     if _trains_on_cpu(q_BTHC, k_BSKC, mask):
-        return causal_attention(q_BTHC, k_BSKC, v_BSKC)
+        return causal_attention(q_BTHC, k_BSKC, v_BSKC, scale)
+    width = v_BSKC.shape[-1]
+    if planning() and width < k_BSKC.shape[-1]:  # a GPU's fused kernels take two widths, the CPU's takes one
+        wide = F.pad(v_BSKC, (0, k_BSKC.shape[-1] - width))
+        return attention(q_BTHC, k_BSKC, wide, mask, scale)[..., :width]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
-    grouped = q.shape[1] != k.shape[1]
+    how: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
     if mask.blocks is not None:
-        out = _compiled_flex()(q, k, v, block_mask=mask.blocks, enable_gqa=grouped)
+        out = _compiled_flex()(q, k, v, block_mask=mask.blocks, **how)
     elif mask.dense is not None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense, **how)
     elif 1 < q.shape[2] < k.shape[2] and not planning():  # a plan counts what flash attention keeps, without a mask
         seen = _last_rows(q.shape[2], k.shape[2], q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **how)
     elif q.shape[2] > 1:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **how)
     else:  # a single query, the newest, sees every key
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, **how)
     return out.transpose(1, 2)
 
 

@@ -20,19 +20,19 @@ _QUERIES = 64  # of 64, 128, 256 and 512 the fastest at 512 tokens: 51, 56, 68 a
 _KEEP = 1 << 23  # probabilities up to this number are kept for the backward, more are computed again
 
 
-def causal_attention(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKW: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(C)) v over each token's past, (B, T, H, W), in the dtype of the inputs.
+def causal_attention(q_BTHC: Tensor, k_BTKC: Tensor, v_BTKW: Tensor, scale: float | None = None) -> Tensor:
+    """Return softmax(q k^T scale) v over each token's past, (B, T, H, W), in the dtype of the inputs.
 
-    Scores are stored in that dtype, and the softmax is computed in fp32.
+    Scores are stored in that dtype, and the softmax is computed in fp32. `scale` is 1 / sqrt(C) if it is not given.
     """
-    return _CausalAttention.apply(q_BTHC, k_BTKC, v_BTKW)
+    return _CausalAttention.apply(q_BTHC, k_BTKC, v_BTKW, scale or 1 / math.sqrt(q_BTHC.shape[-1]))
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKW: Tensor) -> Tensor:
+    def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKW: Tensor, scale: float) -> Tensor:
         ctx.heads, ctx.groups = q_BTHC.shape[2], q_BTHC.shape[2] // k_BTKC.shape[2]
-        ctx.scale = 1 / math.sqrt(q_BTHC.shape[-1])
+        ctx.scale = scale
         q, k, v = rows_of(q_BTHC * ctx.scale, ctx.groups), rows_of(k_BTKC, 1), rows_of(v_BTKW, 1)
         out = q.new_empty(*q.shape[:2], v.shape[-1])
         keep = q.shape[0] * q.shape[1] * k.shape[1] // 2 <= _KEEP
@@ -64,7 +64,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_q[:, rows] = slope @ k[:, :stop]
             grad_k[:, :stop] += slope.transpose(1, 2) @ q[:, rows]
         back_k, back_v = (heads_of(x.to(q.dtype), batch, 1) for x in (grad_k, grad_v))
-        return heads_of(grad_q.mul_(ctx.scale), batch, ctx.groups), back_k, back_v
+        return heads_of(grad_q.mul_(ctx.scale), batch, ctx.groups), back_k, back_v, None
 
 
 def _probabilities(q: Tensor, k: Tensor, start: int, groups: int) -> Tensor:

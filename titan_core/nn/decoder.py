@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from titan_core.declare.rope import Yarn
 from titan_core.nn import ops, rope
 from titan_core.nn.attention import CAUSAL, Attention, Mask
 from titan_core.nn.layers import Embedding, Linear, RMSNorm, SwiGLU
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         self, tokens_BT: Tensor, positions_T: Tensor, mask: Mask = CAUSAL, cache: KVCache | None = None
     ) -> Tensor:
         """Return what the head is applied to (B, T, D): a loss can then work on it piece by piece."""
-        rotation = rope.table(positions_T, self.frequencies(positions_T.device))
+        rotation = self.rotation(positions_T)
         seen = self.masks(mask, positions_T, 0 if cache is None else cache.length)
         x_BTD = self.tok_embeddings(tokens_BT)
         for name, layer in self.layers.items():
@@ -68,11 +69,12 @@ class Decoder(nn.Module):
         """The head's weight (V, D)."""
         return self.tok_embeddings.weight if self.output is None else self.output.weight
 
-    def frequencies(self, device: torch.device) -> Tensor:
-        """Return the rotary frequencies (C / 2), fp32. Not a buffer: nothing may cast or forget it."""
+    def rotation(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (T, C / 2), fp32. Not a buffer: nothing may cast or forget it."""
         sizes = self.sizes
         scaling = getattr(sizes, "rope_scaling", None)
-        return rope.frequencies(sizes.head_dim, sizes.rope_theta, scaling, device)
+        freqs_C = rope.frequencies(sizes.head_dim, sizes.rope_theta, scaling, positions_T.device)
+        return rope.table(positions_T, freqs_C, scaling.amplitude if isinstance(scaling, Yarn) else 1.0)
 
     def masks(self, mask: Mask, positions_T: Tensor, cached: int) -> Callable[[int], Mask]:
         """Return the mask of each layer, by its number; all are the same here."""

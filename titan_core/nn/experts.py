@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from titan_kernels.expert_mlp import expert_mlp, routed_mlp
+from titan_kernels.fp8_grouped_gemm import fp8_grouped_linear
 from titan_kernels.grouped_gemm import grouped_linear, reference_grouped_linear
 from titan_kernels.permutation import Placement, permute, place, unpermute
 from torch import Tensor, nn
 
 from titan_core.nn import ops
 
-Backend = Literal["titan", "grouped_mm", "loop"]
+Backend = Literal["titan", "grouped_mm", "loop", "float8_blockwise", "float8_rowwise"]
 
 
 class GroupedLinear(nn.Module):
@@ -80,6 +81,10 @@ def multiply(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend)
         return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
     if backend == "loop":
         return reference_grouped_linear(x_RI, weight_EOI, ends_E)
+    if backend == "float8_blockwise":
+        return fp8_grouped_linear(x_RI, weight_EOI, ends_E, "blockwise")
+    if backend == "float8_rowwise":
+        return fp8_grouped_linear(x_RI, weight_EOI, ends_E, "rowwise")
     return grouped_linear(x_RI, weight_EOI, ends_E)
 
 

@@ -1,21 +1,22 @@
-"""Keys and values of the tokens so far, for decoding one token at a time."""
+"""What attention keeps of the tokens so far, for decoding one token at a time."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer, (B, capacity, K, C) each."""
+    """Keys and values of one layer, or what they are made of: (B, capacity, K, C) each, of any two widths C."""
 
-    def __init__(self, owner: KVCache, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype):
+    def __init__(self, owner: KVCache, shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype):
         self.owner = owner
-        self.k_BSKC = torch.empty(shape, device=device, dtype=dtype)
-        self.v_BSKC = torch.empty(shape, device=device, dtype=dtype)
+        self.k_BSKC, self.v_BSKC = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
 
     def append(self, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of new tokens and return those of all tokens so far."""
+        """Store what belongs to new tokens and return that of all tokens so far."""
         start, stop = self.owner.length, self.owner.length + k_BTKC.shape[1]
         self.k_BSKC[:, start:stop] = k_BTKC
         self.v_BSKC[:, start:stop] = v_BTKC
@@ -23,23 +24,26 @@ class LayerCache:
 
 
 class KVCache:
-    """One cache for a whole model: made once for `capacity` tokens, never grown."""
+    """One cache for a whole model: made once for `capacity` tokens, never grown.
+
+    `kept` are each layer's heads and two widths.
+    """
 
     def __init__(
         self,
         *,
-        layers: int,
+        kept: Sequence[tuple[int, int, int]],
         batch: int,
         capacity: int,
-        kv_heads: int,
-        head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.capacity = capacity
         self.length = 0
-        shape = (batch, capacity, kv_heads, head_dim)
-        self._layers = [LayerCache(self, shape, device, dtype) for _ in range(layers)]
+        self._layers = [
+            LayerCache(self, [(batch, capacity, heads, width) for width in widths], device, dtype)
+            for heads, *widths in kept
+        ]
 
     def layer(self, index: int) -> LayerCache:
         """Return the cache of one layer."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
@@ -35,6 +36,10 @@ SAVED_OPS = {
     torch.ops._c10d_functional.all_to_all_single.default,
     _aten.max.default,
 }
+_MARKS = (
+    torch.ops.profiler._record_function_enter_new.default,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+)
 MATMUL_OPS = {_aten.mm.default, _aten.linear.default}
 
 
@@ -89,6 +94,8 @@ def forced_shapes(blocks: Sequence[nn.Module], config: ActivationCheckpoint) -> 
 def _contexts(forced: set[torch.Size]) -> Any:
     """Store costly operations and every second matmul, recompute the rest (torchtitan's balance)."""
     counts = {"forward": 0, "recompute": 0}
+    # torch 2.14 wants every operation of the forward again, and FSDP of experts marks its work otherwise then
+    SAC_IGNORED_OPS.update(_MARKS)
 
     def policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in MATMUL_OPS:

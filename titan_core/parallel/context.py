@@ -68,10 +68,13 @@ class Cutter:
 def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, method: str) -> None:
     """Let the attention modules of a model meet the keys of all ranks."""
     group, rank, size = mesh.cp_group, mesh.at["cp"], mesh.layout.cp
-    around = {"allgather": _gathered, "alltoall": _ring, "heads": _by_heads}[method](group, rank, size)
     for name, module in model.named_modules():
         if matches(name, sharding.attentions):
-            wrap_forward(module, around)
+            if method == "alltoall":
+                scale: Any = module.scale  # the ring attends by itself
+                wrap_forward(module, _ring(group, rank, size, scale))
+            else:
+                wrap_forward(module, (_gathered if method == "allgather" else _by_heads)(group, rank, size))
 
 
 def _order(seq_len: int, size: int, device: torch.device) -> Tensor:
@@ -96,10 +99,10 @@ def _gathered(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor
     return around
 
 
-def _ring(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor]:
+def _ring(group: ProcessGroup, rank: int, size: int, scale: float | None) -> Callable[..., Tensor]:
     def around(attend: Callable[..., Tensor], q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: Mask) -> Tensor:
         held = [chunks(r, size) for r in range(size)]
-        return ring_attention(q_BTHC, k_BTKC, v_BTKC, held, mask.documents, rank, group)
+        return ring_attention(q_BTHC, k_BTKC, v_BTKC, held, mask.documents, rank, group, scale)
 
     return around
 

@@ -33,6 +33,7 @@ def ring_attention(
     documents: Tensor | None,
     rank: int,
     group: ProcessGroup,
+    scale: float | None = None,
 ) -> Tensor:
     """Return causal attention over the tokens of all ranks, (B, T, H, C), within documents where they are given.
 
@@ -42,13 +43,13 @@ def ring_attention(
     place = _Place(
         chunks, documents, rank, group, k_BTKC.shape[2], q_BTHC.shape[2] // k_BTKC.shape[2], q_BTHC.shape[1] // 2
     )
-    return _Ring.apply(q_BTHC, k_BTKC, v_BTKC, place)
+    return _Ring.apply(q_BTHC, k_BTKC, v_BTKC, place, scale or 1 / math.sqrt(q_BTHC.shape[-1]))
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, place: _Place) -> Tensor:
-        ctx.ring, ctx.groups, ctx.scale = place, place.groups, 1 / math.sqrt(q_BTHC.shape[-1])
+    def forward(ctx, q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, place: _Place, scale: float) -> Tensor:
+        ctx.ring, ctx.groups, ctx.scale = place, place.groups, scale
         q = rows_of(q_BTHC * ctx.scale, ctx.groups)
         k, v = rows_of(k_BTKC, 1), rows_of(v_BTKC, 1)
         out = q.new_zeros((*q.shape[:2], v.shape[-1]), dtype=torch.float32)
@@ -87,7 +88,7 @@ class _Ring(torch.autograd.Function):
             sums = [grad_k, grad_v]
         grad_k, grad_v = (heads_of(x.to(k.dtype), batch, 1) for x in sums)
         grad_q = heads_of(grad_q.mul_(ctx.scale).to(q.dtype), batch, ctx.groups)
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, None
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from titan_core.config.layout import Layout
-from titan_core.config.quantize import FLOAT8, MULTIPLE, MX
+from titan_core.config.quantize import FLOAT8, FLOAT8_EXPERTS, MULTIPLE, MX
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
 from titan_core.declare.sharding import matches
 from titan_core.nn.layers import Linear
 from titan_core.quantization.choose import Choice, Rules, choose
+from titan_core.quantization.experts import convert_experts
 from titan_core.runtime.errors import ConfigError, MachineError, Problem, missing_extra
 
 _Made = TypeVar("_Made", bound=Linear)
@@ -33,6 +34,9 @@ def convert(
     """
     said: list[str] = []
     for name in config.model.converters:
+        if name == FLOAT8_EXPERTS:
+            said += convert_experts(model, config, device, whole=layout.pp == 1)
+            continue
         part = _Part(model, family, sizes, layout)
         said += (_float8 if name == FLOAT8 else _mx)(part, config, device)
     return said

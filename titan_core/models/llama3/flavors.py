@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from titan_core.config.schema import Positive, PositiveFloat
-from titan_core.declare.decoder import DecoderSizes
+from titan_core.declare.decoder import GroupedQuerySizes
 from titan_core.declare.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaSizes(DecoderSizes):
+class LlamaSizes(GroupedQuerySizes):
     """Everything that determines the shape and the arithmetic of a Llama 3."""
 
     dim: Positive = 4096

@@ -21,7 +21,7 @@ _INV_FREQ = "rotary frequencies, which titan computes from the sizes"
 def hf_rules(sizes: LlamaSizes) -> list[Rule]:
     """Map to the names of `LlamaForCausalLM`."""
     old = Drop("model.layers.{layer}.self_attn.rotary_emb.inv_freq", _INV_FREQ)
-    return [*hf_decoder.links(sizes, (Rotary(sizes.head_dim),)), old]
+    return [*hf_decoder.links(sizes, hf_decoder.grouped_query((Rotary(sizes.head_dim),))), old]
 
 
 def read_config(config: Mapping[str, Any]) -> LlamaSizes:
@@ -29,7 +29,8 @@ def read_config(config: Mapping[str, Any]) -> LlamaSizes:
     read = Config(config)
     read.only(hidden_act="silu", attention_bias=False, mlp_bias=False, pretraining_tp=1)
     common = hf_decoder.read_sizes(read, norm_eps=1e-6, rope_theta=10000.0, max_seq_len=2048)
-    sizes = read.sizes(LlamaSizes, **common, rope_scaling=read_llama3_scaling(read))
+    kv_heads = hf_decoder.read_kv_heads(read)
+    sizes = read.sizes(LlamaSizes, **common, n_kv_heads=kv_heads, rope_scaling=read_llama3_scaling(read))
     read.only(head_dim=sizes.head_dim)
     return sizes
 

@@ -1,4 +1,4 @@
-"""Llama 4: the text model without mixtures of experts."""
+"""Llama 4: the text models, Scout, Maverick, and dense ones."""
 
 from titan_core.declare import decoder
 from titan_core.declare.family import Family, lazily

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titan_core.config.schema import Positive, PositiveFloat
-from titan_core.declare.decoder import DecoderSizes
+from titan_core.declare.decoder import GroupedQuerySizes
 from titan_core.declare.experts import ExpertSizes
 
 HEAD_NORMS = ("q_norm", "k_norm")  # between projection and rotation, one scale for each place in a head
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenSizes(ExpertSizes, DecoderSizes):
+class QwenSizes(ExpertSizes, GroupedQuerySizes):
     """Everything that determines the shape and the arithmetic of a Qwen3. Heads have a width of their own.
     With `num_experts`, every layer is a mixture of experts."""
 

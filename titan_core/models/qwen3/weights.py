@@ -11,7 +11,7 @@ from typing import Any
 
 from titan_core.declare import hf_decoder
 from titan_core.declare.hf_config import Config
-from titan_core.declare.weights import Drop, Link, Rotary, Rule, Stack, Weights
+from titan_core.declare.weights import Drop, Rotary, Rule, Weights
 from titan_core.models.qwen3.flavors import HEAD_NORMS, QwenSizes
 from titan_core.runtime.errors import UsageError
 
@@ -19,11 +19,9 @@ from titan_core.runtime.errors import UsageError
 def hf_rules(sizes: QwenSizes) -> list[Rule]:
     """Map to the names of `Qwen3ForCausalLM` or `Qwen3MoeForCausalLM`."""
     old = "rotary frequencies, which titan computes from the sizes"
-    links = hf_decoder.links(sizes, (Rotary(sizes.head_dim),), head_norms=HEAD_NORMS)
+    links = hf_decoder.links(sizes, hf_decoder.grouped_query((Rotary(sizes.head_dim),), HEAD_NORMS))
     if sizes.num_experts:
-        mlp = "model.layers.{layer}.mlp"
-        links.append(Link("layers.{layer}.moe.router.gate.weight", f"{mlp}.gate.weight"))
-        links += hf_decoder.swiglu("layers.{layer}.moe.experts", f"{mlp}.experts.{{expert}}", (Stack(),))
+        links += hf_decoder.mixture(sizes)
     return [*links, Drop("model.layers.{layer}.self_attn.rotary_emb.inv_freq", old)]
 
 
@@ -38,7 +36,8 @@ def read_config(config: Mapping[str, Any]) -> QwenSizes:
     mixed = read.tree.get("model_type") == "qwen3_moe"
     experts = _read_experts(read) if mixed else {}
     default = 128 if not mixed else common["dim"] // common["n_heads"]
-    return read.sizes(QwenSizes, **common, head_dim=read.integer("head_dim", default), **experts)
+    heads = {"n_kv_heads": hf_decoder.read_kv_heads(read), "head_dim": read.integer("head_dim", default)}
+    return read.sizes(QwenSizes, **common, **heads, **experts)
 
 
 def _read_experts(read: Config) -> dict[str, Any]:
@@ -73,7 +72,8 @@ def write_config(sizes: QwenSizes) -> dict[str, Any]:
 
 
 _PLAIN = {
-    "num_shared_experts": 0, "score": "softmax", "route_scale": 1.0, "score_before_experts": False, "num_groups": 1
+    "num_shared_experts": 0, "score": "softmax", "route_scale": 1.0, "score_before_experts": False, "num_groups": 1,
+    "score_bias": False,
 }  # fmt: skip
 
 WEIGHTS = Weights(

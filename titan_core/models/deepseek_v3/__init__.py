@@ -1,0 +1,24 @@
+"""DeepSeek-V2 and V3: multi-head latent attention, mixtures of experts."""
+
+import dataclasses
+
+from titan_core.declare import decoder
+from titan_core.declare.family import Family, lazily
+from titan_core.models.deepseek_v3.flavors import FLAVORS, attentions, parameters
+from titan_core.models.deepseek_v3.weights import WEIGHTS
+
+_ATTENTION = "layers.*.attention"
+
+FAMILY = Family(
+    name="deepseek_v3",
+    flavors=FLAVORS,
+    parameters=parameters,
+    attentions=attentions,
+    build=lazily("titan_core.models.deepseek_v3.model", "DeepSeekV3"),
+    blocks=decoder.BLOCKS,
+    sharding=dataclasses.replace(
+        decoder.SHARDING,
+        columns=(*decoder.SHARDING.columns, f"{_ATTENTION}.wq_b", f"{_ATTENTION}.wkv_b"),
+    ),
+    weights=WEIGHTS,
+)
