@@ -121,7 +121,7 @@ def test_the_worst_row_shows_what_the_norm_of_the_whole_hides() -> None:
     assert worst_row(torch.tensor(1.01), torch.tensor(1.0, dtype=torch.float64)) == pytest.approx(0.01, rel=1e-3)
     truth[5], found = 0.0, truth.clone()
     found[5] = 1e-4
-    assert worst_row(found, truth) == pytest.approx(1e-2, rel=0.1)  # against a hundredth of the other rows
+    assert worst_row(found, truth) == pytest.approx(4e-4, rel=0.1)  # against a quarter of the other rows
     assert worst_row(torch.zeros(0, 3), torch.zeros(0, 3)) == 0.0
 
 

@@ -23,9 +23,9 @@ from titan_core.nn.attention import CAUSAL, attention
 # (B, T, H, K, C): Llama 3 8B at two lengths, heads of 64
 SHAPES = ((4, 2048, 32, 8, 128), (1, 8192, 32, 8, 128), (1, 16384, 32, 32, 64))
 REDUCED = ((2, 190, 4, 2, 32),)
-# Probabilities rounded to bf16, and differences of them: on a CPU torch's flash attention is off by 2.3e-2 in the worst
-# row of its gradients.
-LIMIT = 4e-2
+# Gradients are differences of probabilities rounded to bf16: of twelve draws on a CPU, torch's flash attention was off
+# by 6.7e-2 in its worst row, titan's by 3.0e-2. A wrong mask or scale gives ten times that.
+LIMITS = {"fwd": 1.5e-2, "bwd": 1.5e-1}
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -52,7 +52,7 @@ def _case(shape: tuple[int, ...], part: str, draw: Draw) -> Case:
         inputs=lambda: _operands(shape, draw),
         reference=lambda operands: _truth(operands, part),
         backends={name: _prepare(find, part) for name, find in _BACKENDS.items()},
-        limit=LIMIT,
+        limit=LIMITS[part],
     )
 
 

@@ -29,7 +29,9 @@ SHAPES = (
     (32768, 2048, 768, 128, 8),
 )
 REDUCED = ((150, 96, 64, 8, 2),)
-LIMIT = 4e-2  # hidden rows and their gradients are rounded to bf16 on the way
+# Hidden rows and their gradients are rounded to bf16 on the way, and gradients of a token's weights are short rows: of
+# twelve draws on a CPU the worst row was off by 3.9e-2, by torch's grouped_mm as by titan's parts.
+LIMIT = 8e-2
 
 Layer = Callable[..., Tensor]
 
