@@ -21,6 +21,8 @@ from titan_core.jobs.bench.request import Request
 # (rows, width, vocabulary): Llama 3 8B twice, Qwen3 0.6B
 SHAPES = ((2048, 4096, 128256), (8192, 4096, 128256), (8192, 1024, 151936))
 REDUCED = ((250, 96, 4001),)
+# Logits are rounded to bf16, and so are their gradients: of eighteen draws on a CPU the worst row was off by 1.0e-2
+LIMIT = 3e-2
 _PIECE = 1 << 27  # logits in fp64 at once, for the truth: 1 GiB
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +54,7 @@ def _case(size: _Size, part: str, draw: Draw) -> Case:
         inputs=lambda: _operands(size, draw),
         reference=lambda operands: _truth(operands, part),
         backends={name: _prepare(find, part) for name, find in _BACKENDS.items()},
+        limit=LIMIT,
     )
 
 
