@@ -366,7 +366,8 @@ def test_interrupted_command_goes_on(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "titan_cli", "convert", "hf-to-hf", str(tmp_path / "in"), str(tmp_path / "out")]
     process = subprocess.Popen(words, env=os.environ, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial/journal/*.jsonl")) and process.poll() is None:
+    journals = ".out.partial/journal/*.jsonl"
+    while not any(path.stat().st_size for path in tmp_path.glob(journals)) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
