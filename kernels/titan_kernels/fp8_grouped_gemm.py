@@ -188,7 +188,9 @@ def _save_blockwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*output[1:], inputs[2])
 
 
-def _blockwise_backward(ctx: Any, grad_RO: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _blockwise_backward(ctx: Any, grad_RO: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_RO is None:
+        return (None,) * 4
     return *torch.ops.titan_kernels.fp8_blockwise_backward(grad_RO, *ctx.saved_tensors), None, None
 
 
@@ -201,7 +203,9 @@ def _save_rowwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(inputs[0], *output[1:], inputs[2])
 
 
-def _rowwise_backward(ctx: Any, grad_RO: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _rowwise_backward(ctx: Any, grad_RO: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_RO is None:
+        return (None,) * 4
     return *torch.ops.titan_kernels.fp8_rowwise_backward(grad_RO, *ctx.saved_tensors), None, None
 
 

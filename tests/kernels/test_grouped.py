@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
-
-from tests.kernels.routing import NAN_ROWS, RAGGED, TOLERANCE, distance, ends_of, rows_of, weights_of
 from titan_kernels.contiguous import contiguous_grouped_linear
 from titan_kernels.expert_mlp import expert_mlp, reference_routed_mlp, routed_mlp
 from titan_kernels.grouped_gemm import grouped_linear
 from titan_kernels.permutation import permute, place, unpermute
+from torch import Tensor
+
+from tests.kernels.routing import NAN_ROWS, RAGGED, TOLERANCE, distance, ends_of, rows_of, weights_of
 
 NAMES = torch.ops.titan_kernels
 

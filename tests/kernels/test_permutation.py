@@ -4,7 +4,6 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-
 from titan_kernels.permutation import Placement, block_experts, permute, place, placement_rows, unpermute
 
 

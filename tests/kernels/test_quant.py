@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
-
-from tests.kernels.routing import NAN_ROWS, distance, ends_of, rows_of, weights_of
 from titan_kernels.fp8_grouped_gemm import Recipe, fp8_grouped_linear, reference_fp8_grouped_linear
 from titan_kernels.grouped_gemm import reference_grouped_linear, reference_input_gradient, reference_weight_gradient
 from titan_kernels.quant import (
@@ -16,6 +13,9 @@ from titan_kernels.quant import (
     quantize_128x128,
     quantize_rowwise,
 )
+from torch import Tensor
+
+from tests.kernels.routing import NAN_ROWS, distance, ends_of, rows_of, weights_of
 
 # Two operands rounded to 4 bits: each relative error is uniform in +-2**-4 at most, 2.6 % in the mean square.
 FLOAT8 = 0.045
