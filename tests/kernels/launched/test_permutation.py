@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from titan_kernels.expert_mlp import expert_mlp, routed_mlp
+from titan_kernels.fp8_grouped_gemm import fp8_grouped_linear
 from titan_kernels.permutation import permute, place, reference_permute, reference_place, reference_unpermute, unpermute
 
 from tests.kernels.routing import EXACT, TOLERANCE, distance
-from tests.kernels.test_permutation import check
+from tests.kernels.test_permutation import check, routings
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,38 @@ def test_placement_is_the_references(
     for actual, expected in zip(placement, reference_place(experts, num_experts, align), strict=True):
         torch.testing.assert_close(actual, expected, **EXACT)
     check(placement, experts, num_experts, align)
+
+
+@given(routings())
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_each_assignment_has_one_row_in_its_experts_region(
+    device: torch.device, routing: tuple[torch.Tensor, int, int]
+) -> None:
+    experts, *sizes = routing
+    check(place(experts.to(device), *sizes), experts, *sizes)
+
+
+def test_nothing_waits_for_the_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("only a GPU can be waited for")
+    experts = torch.randint(-1, 6, (30, 3), device=device)
+    x = torch.randn(30, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weights = torch.rand(30, 3, device=device, requires_grad=True)
+    gate = torch.randn(5, 32, 64, device=device, dtype=x.dtype, requires_grad=True)
+    down = torch.randn(5, 64, 32, device=device, dtype=x.dtype, requires_grad=True)
+
+    def layer() -> None:
+        placement = place(experts, 5, 16)
+        rows = expert_mlp(permute(x, placement), gate, gate, down, placement.ends_E)
+        (unpermute(rows, placement, weights) + routed_mlp(x, placement, weights, gate, gate, down)).sum().backward()
+        fp8_grouped_linear(rows.detach(), gate, placement.ends_E)
+
+    layer()  # loading the kernels does wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
