@@ -1,4 +1,4 @@
-"""What every kernel takes on every architecture, at the shapes of a mixture of experts: the table of RESOURCES.md.
+"""What every kernel takes on every architecture, at the shapes of a language model: the table of RESOURCES.md.
 
 `python -m titan_kernels.resources > kernels/RESOURCES.md` compiles all kernels, which needs no GPU, and prints it.
 """
@@ -108,6 +108,44 @@ def fp8_grouped_gemm(num_rows: int = ROWS) -> None:
     kernels.weight_gradient(grad, scales[0], x, scales[1], ends, torch.bfloat16)
 
 
+def pointwise(num_tokens: int = TOKENS) -> None:
+    """Launch the norm, the rotation and the gate, with their gradients."""
+    from titan_kernels import rms_norm_kernels, rotary_kernels, swiglu_kernels
+
+    x, weight, inverse = empty(num_tokens, 4096), empty(4096), empty(num_tokens, dtype=torch.float32)
+    rms_norm_kernels.forward(x, weight, 1e-6)
+    rms_norm_kernels.backward(x, x, weight, inverse)
+    table = empty(1, num_tokens, 64, dtype=torch.float32)
+    rotary_kernels.rotate(empty(2, num_tokens, 32, 128), table, table, False)
+    swiglu_kernels.forward(x, x)
+    swiglu_kernels.backward(x, x, x)
+
+
+def linear_cross_entropy(num_tokens: int = TOKENS) -> None:
+    """Launch the softmax of logits with its gradient, and the scaling of gradients."""
+    from titan_kernels import linear_cross_entropy_kernels as kernels
+
+    logits, labels = empty(num_tokens, 128256), empty(num_tokens, dtype=torch.int64)
+    one = empty(dtype=torch.float32)
+    kernels.cross_entropy_(logits, labels, one, True)
+    kernels.scale_(empty(128256, 4096), one)
+
+
+def all_to_all(num_rows: int = ROWS) -> None:
+    """Launch the exchange of rows between six ranks, forth and back."""
+    from titan_kernels import all_to_all_kernels as kernels
+    from titan_kernels.all_to_all import Layout, Route, SharedMemory, SymmetricExchange
+
+    layout, ints = Layout(6, EXPERTS, 2 * ROWS, 2 * WIDTH), partial(empty, dtype=torch.int32)
+    memory = SharedMemory(empty(layout.total, dtype=torch.uint8), empty(layout.world, dtype=torch.int64))
+    exchange, table = SymmetricExchange(memory, layout, 1), ints(layout.world, EXPERTS)
+    route = Route(table, table, table, table, ints(EXPERTS), ints(1), num_rows, num_rows)
+    kernels.publish(exchange, empty(num_rows, WIDTH), table, table)
+    out = kernels.pull(exchange, empty(num_rows, WIDTH), route, align=128, forth=True, place=True)
+    kernels.pull(exchange, out, route, align=1, forth=True, place=False)
+    kernels.pull(exchange, out, route, align=1, forth=False, place=False)
+
+
 # What is compiled: a name, the launches, and the first architecture that has what they need.
 CASES: tuple[tuple[str, Callable[[], None], int], ...] = (
     ("permutation", permutation, 80),
@@ -117,6 +155,9 @@ CASES: tuple[tuple[str, Callable[[], None], int], ...] = (
     ("expert_mlp bf16", partial(expert_mlp, torch.bfloat16), 80),
     ("quant", quant, 89),
     ("fp8_grouped_gemm", fp8_grouped_gemm, 89),
+    ("pointwise", pointwise, 80),
+    ("linear_cross_entropy", linear_cross_entropy, 80),
+    ("all_to_all", all_to_all, 80),
 )
 
 
