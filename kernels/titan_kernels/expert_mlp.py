@@ -172,7 +172,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     ctx.save_for_backward(x_RD, gate_RF, up_RF, w1, w3, w2, ends_E)
 
 
-def _backward(ctx: Any, grad_RD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_RD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_RD is None:  # gate and up have none, and autograd is told not to make zeros of their size
+        return (None,) * 6
     grads = torch.ops.titan_kernels.expert_mlp_backward(grad_RD, *ctx.saved_tensors)
     return *grads, None, None
 
@@ -240,7 +242,9 @@ def _save_routed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(x_TD, weights_TK, gate_RF, up_RF, w1, w3, w2, ends_E, row_TK, source_R)
 
 
-def _routed_backward(ctx: Any, grad_TD: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _routed_backward(ctx: Any, grad_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 9
     grads = torch.ops.titan_kernels.routed_mlp_backward(grad_TD, *ctx.saved_tensors)
     return *grads, None, None, None, None
 

@@ -2,11 +2,12 @@
 
 Shapes: R rows, E experts, O output width, I input width; B blocks of 128.
 
-`blockwise` scales 1 x 128 blocks of activations and gradients and 128 x 128 blocks of weights (DeepSeek-V3, arXiv
-2412.19437, section 3.3.2); each 128 steps of a product are added up in fp32, since Hopper's matrix units keep about 14
-bits of a float8 sum. All three products are float8; what the backward pass needs of x is kept in float8 too. For speed
-let regions start at multiples of 128 (`place(..., align=128)`): others are right, but blocks that two experts share are
-multiplied twice, under a mask.
+Each 128 steps of a product are added up in fp32, since Hopper's matrix units keep about 14 bits of a float8 sum
+(DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+
+`blockwise` scales 1 x 128 blocks of activations and gradients and 128 x 128 blocks of weights. All three products are
+float8; what the backward pass needs of x is kept in float8 too. For speed let regions start at multiples of 128
+(`place(..., align=128)`): others are right, but blocks that two experts share are multiplied twice, under a mask.
 
 `rowwise` has one scale a row of every operand; the gradient to the weight, whose sums run over rows, stays in the dtype
 of x (torchao's "rowwise with high-precision weight gradient").
@@ -188,7 +189,9 @@ def _save_blockwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*output[1:], inputs[2])
 
 
-def _blockwise_backward(ctx: Any, grad_RO: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _blockwise_backward(ctx: Any, grad_RO: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_RO is None:
+        return (None,) * 4
     return *torch.ops.titan_kernels.fp8_blockwise_backward(grad_RO, *ctx.saved_tensors), None, None
 
 
@@ -201,7 +204,9 @@ def _save_rowwise(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(inputs[0], *output[1:], inputs[2])
 
 
-def _rowwise_backward(ctx: Any, grad_RO: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _rowwise_backward(ctx: Any, grad_RO: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_RO is None:
+        return (None,) * 4
     return *torch.ops.titan_kernels.fp8_rowwise_backward(grad_RO, *ctx.saved_tensors), None, None
 
 

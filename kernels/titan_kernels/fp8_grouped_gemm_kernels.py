@@ -2,7 +2,7 @@
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # (a checker sees a kernel as the Python function that it is not)
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _product(
                 scale *= tl.load(weight_scales + n * BLOCK_N // BLOCK_K * n_stride + step * k_stride)
                 total += tl.dot(a, b) * scale[:, None]
             else:
-                total = tl.dot(a, b, total)
+                total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_K)
         if not BLOCKWISE:
             scale = tl.load(scale_ptr + rows, mask=rows < end, other=0.0)
             of_weight = (column < width_n) & (expert < num_experts)

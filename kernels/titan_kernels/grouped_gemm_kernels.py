@@ -10,7 +10,7 @@ of shared-memory fill, so L2 feeds it where tiles that run together share rows (
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # (a checker sees a kernel as the Python function that it is not)
 
 from __future__ import annotations

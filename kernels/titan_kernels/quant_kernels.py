@@ -5,7 +5,7 @@ Bytes that must move for n bf16 values: 2n read and n written (128 x 128: 2n, it
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 # (a checker sees a kernel as the Python function that it is not)
 
 from __future__ import annotations
