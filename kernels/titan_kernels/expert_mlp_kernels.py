@@ -56,7 +56,7 @@ def forward(
     num_rows = x.shape[0] if source_R is None else source_R.shape[0]
     tiles = gemm.plan(ends_E, num_rows, config.block_m)
     hidden, gate, up = gated_product(x, w1_EFD, w3_EFD, tiles, num_rows, save, source_R, top_k, config)
-    down = gemm.config_for(hidden, w2_EDF.shape[1])
+    down = gemm.config_for(hidden, *w2_EDF.shape[1:])
     if down.block_m != config.block_m:
         tiles = gemm.plan(ends_E, num_rows, down.block_m)
     return gemm.product(hidden, w2_EDF, tiles, down, transposed=False), gate, up
@@ -77,7 +77,7 @@ def backward(
     config = config_for(x_RD, w1_EFD.shape[1])
     tiles = gemm.plan(ends_E, x_RD.shape[0], config.block_m)
     grad_gate, grad_up, hidden, grad_weights = gate_gradient(grad_RD, gate_RF, up_RF, w2_EDF, tiles, weights_R, config)
-    down = gemm.config_for(x_RD, x_RD.shape[1])
+    down = gemm.config_for(x_RD, x_RD.shape[1], w1_EFD.shape[1])
     if down.block_m != config.block_m:
         tiles = gemm.plan(ends_E, x_RD.shape[0], down.block_m)
     grad_x = gemm.product(grad_gate, w1_EFD, tiles, down, transposed=True, also=(grad_up, w3_EFD))
@@ -105,7 +105,7 @@ def gated_product(
     gathered = source_R is not None
     mapped = config.tensor_map and takes_tensor_map(w1_EFD, w3_EFD, *(() if gathered else (x,)))
     block = [1, config.block_n, config.block_k]
-    _gated_product[(num_programs(x),)](
+    _gated_product[(num_programs(x) * config.programs,)](
         _operand(x, [config.block_m, config.block_k], mapped and not gathered),
         _operand(w1_EFD, block, mapped), _operand(w3_EFD, block, mapped),
         source_R if gathered else tiles, hidden, gate, up, tiles, width_n, width_k, num_experts, top_k,
@@ -133,7 +133,7 @@ def gate_gradient(
     if grad_gate.numel() == 0 or width_k == 0:
         return grad_gate.zero_(), grad_up.zero_(), hidden.zero_(), partial.zero_().sum(1)
     mapped = config.tensor_map and takes_tensor_map(grad_RD, w2_EDF)
-    _gate_gradient[(num_programs(grad_RD),)](
+    _gate_gradient[(num_programs(grad_RD) * config.programs,)](
         _operand(grad_RD, [config.block_m, config.block_k], mapped),
         _operand(w2_EDF, [1, config.block_k, config.block_n], mapped),
         gate_RF, up_RF, weights_R if weighted else gate_RF, grad_gate, grad_up, hidden, partial, tiles,

@@ -48,7 +48,7 @@ def product(
         return y.zero_()
     config = replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(width_n))))
     mapped = config.tensor_map and takes_tensor_map(q_RK, q_ENK)
-    _product[(num_programs(q_RK),)](
+    _product[(num_programs(q_RK) * config.programs,)](
         operand(q_RK, [config.block_m, config.block_k], mapped),
         operand(q_ENK, [1, config.block_n, config.block_k], mapped),
         y, plan(ends_E, num_rows, config.block_m), scale, weight_scale,
@@ -74,7 +74,7 @@ def weight_gradient(
     if gradient.numel() == 0 or num_rows == 0:
         return gradient.zero_()
     mapped = config.tensor_map and takes_tensor_map(grad_OR, x_IR)
-    _weight_gradient[(num_programs(x_IR),)](
+    _weight_gradient[(num_programs(x_IR) * config.programs,)](
         operand(grad_OR, [config.block_m, config.block_k], mapped),
         operand(x_IR, [config.block_n, config.block_k], mapped),
         grad_scale_BO, x_scale_BI, gradient, ends_E, num_rows, grad_OR.stride(0), out, width, num_experts,

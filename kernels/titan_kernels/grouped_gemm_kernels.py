@@ -38,6 +38,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8  # how many tiles of rows run together, for L2
+    programs: int = 1  # how many run on a multiprocessor at a time
     tensor_map: bool = True  # use the copy engine where there is one and the operands are aligned
 
 
@@ -52,12 +53,18 @@ CONFIGS = {
     (10, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
     (10, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
 }
+# Where the sum is short, filling the pipeline and writing the tile take as long as adding up: two programs that fit on
+# a multiprocessor together (98 kB and 128 x 197 registers each) hide that behind each other's sums. Untuned as well.
+SHORT = 1024
+CONFIGS_SHORT = {(9, 2): GemmConfig(128, 128, 64, num_warps=4, num_stages=3, programs=2)}
 PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
 
 
-def config_for(x: Tensor, width_n: int) -> GemmConfig:
-    """Return the configuration for operands like `x` and a result of `width_n` columns."""
-    config = CONFIGS[min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)]
+def config_for(x: Tensor, width_n: int, width_k: int | None = None) -> GemmConfig:
+    """Return the configuration for operands like `x`, `width_n` columns, and a sum over `width_k`, or over rows."""
+    key = min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)
+    short = width_k is not None and width_k <= SHORT
+    config = CONFIGS_SHORT.get(key, CONFIGS[key]) if short else CONFIGS[key]
     return replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(width_n))))
 
 
@@ -75,13 +82,13 @@ def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
 
 def forward(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch y = x @ weight[e].T."""
-    config = config or config_for(x_RI, weight_EOI.shape[1])
+    config = config or config_for(x_RI, *weight_EOI.shape[1:])
     return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m), config, transposed=False)
 
 
 def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch grad_x = grad @ weight[e]."""
-    config = config or config_for(grad_RO, weight_EOI.shape[2])
+    config = config or config_for(grad_RO, weight_EOI.shape[2], weight_EOI.shape[1])
     return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
 
 
@@ -89,7 +96,7 @@ def forward_blocks(
     x_RI: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
 ) -> Tensor:
     """Launch y = x @ weight[e].T where blocks of rows share an expert."""
-    config = fitting(config or config_for(x_RI, weight_EOI.shape[1]), block_rows)
+    config = fitting(config or config_for(x_RI, *weight_EOI.shape[1:]), block_rows)
     tiles = plan_blocks(expert_B, x_RI.shape[0], config.block_m, weight_EOI.shape[0])
     return product(x_RI, weight_EOI, tiles, config, transposed=False)
 
@@ -98,7 +105,7 @@ def input_gradient_blocks(
     grad_RO: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
 ) -> Tensor:
     """Launch grad_x = grad @ weight[e] where blocks of rows share an expert."""
-    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2]), block_rows)
+    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2], weight_EOI.shape[1]), block_rows)
     tiles = plan_blocks(expert_B, grad_RO.shape[0], config.block_m, weight_EOI.shape[0])
     return product(grad_RO, weight_EOI, tiles, config, transposed=True)
 
@@ -156,7 +163,7 @@ def product(
     mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others)
     x_block = [config.block_m, config.block_k]
     weight_block = [1, config.block_k, config.block_n] if transposed else [1, config.block_n, config.block_k]
-    _product[(num_programs(x_RK),)](
+    _product[(num_programs(x_RK) * config.programs,)](
         operand(x_RK, x_block, mapped), operand(weight, weight_block, mapped),
         operand(others[0], x_block, mapped), operand(others[1], weight_block, mapped),
         y, tiles, width_n, width_k, weight.shape[0],
@@ -185,7 +192,7 @@ def weight_gradient(
     if gradient.numel() == 0 or num_rows == 0:
         return gradient.zero_()
     mapped = config.tensor_map and takes_tensor_map(grad_RO, x_RI)
-    _weight_gradient[(num_programs(x_RI),)](
+    _weight_gradient[(num_programs(x_RI) * config.programs,)](
         operand(grad_RO, [config.block_k, config.block_m], mapped),
         operand(x_RI, [config.block_k, config.block_n], mapped),
         gradient, ends_E, ends_E if blocks is None else blocks, num_rows, out, width, ends_E.shape[0],

@@ -15,7 +15,7 @@ from titan_kernels.inspection import Resources, compiling, resources
 from titan_kernels.quant import E4M3
 
 ARCHITECTURES = (80, 90, 100)
-TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 4096, 8, 64, 2048, 1024
+TOKENS, TOP_K, EXPERTS, WIDTH, HIDDEN = 4096, 8, 64, 2048, 1536
 ROWS = TOKENS * TOP_K
 
 COLUMNS = ("kernel", "arch", "registers", "spills", "shared bytes", "warps", "instructions")
@@ -68,13 +68,13 @@ def contiguous(num_blocks: int = ROWS // 128) -> None:
     kernels.weight_gradient_blocks(y, x, experts, EXPERTS, 128)
 
 
-def expert_mlp(dtype: torch.dtype, num_tokens: int = TOKENS) -> None:
+def expert_mlp(num_tokens: int = TOKENS, hidden: int = HIDDEN) -> None:
     """Launch the feed-forward layer over rows, over gathered tokens, and its gradient."""
     from titan_kernels import expert_mlp_kernels as kernels
 
     num_rows = num_tokens * TOP_K
-    x, tokens = empty(num_rows, WIDTH, dtype=dtype), empty(num_tokens, WIDTH, dtype=dtype)
-    w1, w2 = empty(EXPERTS, HIDDEN, WIDTH, dtype=dtype), empty(EXPERTS, WIDTH, HIDDEN, dtype=dtype)
+    x, tokens = empty(num_rows, WIDTH), empty(num_tokens, WIDTH)
+    w1, w2 = empty(EXPERTS, hidden, WIDTH), empty(EXPERTS, WIDTH, hidden)
     ends, source = empty(EXPERTS, dtype=torch.int32), empty(num_rows, dtype=torch.int32)
     kernels.forward(x, w1, w1, w2, ends, True)
     y, gate, up = kernels.forward(tokens, w1, w1, w2, ends, True, source, TOP_K)
@@ -152,7 +152,8 @@ CASES: tuple[tuple[str, Callable[[], None], int], ...] = (
     ("grouped_gemm bf16", partial(grouped_gemm, torch.bfloat16), 80),
     ("grouped_gemm fp32", partial(grouped_gemm, torch.float32), 80),
     ("contiguous bf16", contiguous, 80),
-    ("expert_mlp bf16", partial(expert_mlp, torch.bfloat16), 80),
+    ("expert_mlp bf16", expert_mlp, 80),
+    ("narrow expert_mlp bf16", partial(expert_mlp, hidden=256), 80),
     ("quant", quant, 89),
     ("fp8_grouped_gemm", fp8_grouped_gemm, 89),
     ("pointwise", pointwise, 80),
