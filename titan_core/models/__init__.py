@@ -15,6 +15,8 @@ from titan_core.declare.family import Family
 from titan_core.runtime.errors import ConfigError, Problem
 
 FAMILIES = {
+    "flux": "titan_core.models.flux",
+    "flux_autoencoder": "titan_core.models.flux_autoencoder",
     "llama3": "titan_core.models.llama3",
     "llama4": "titan_core.models.llama4",
     "qwen3": "titan_core.models.qwen3",
