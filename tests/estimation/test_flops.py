@@ -83,7 +83,7 @@ def test_routed_experts_count_by_their_share() -> None:
 
 
 def test_flux_dev_per_image() -> None:
-    """A 1024 px image of FLUX.1-dev: 4,096 image and 512 text rows; closed form from the widths, and torch's counter."""
+    """A 1024 px image of FLUX.1-dev, 4,096 image and 512 text rows: a closed form, and torch's counter."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -48,40 +47,7 @@ def test_latents_are_packed_as_diffusers_does() -> None:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole pipeline of diffusers with tiny random parts, saved as users have it."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    folder = tmp_path_factory.mktemp("pipeline")
-    t5 = T5EncoderModel(T5Config(vocab_size=64, d_model=24, d_ff=32, d_kv=8, num_layers=1, num_heads=2))
-    clip = CLIPTextModel(CLIPTextConfig(
-        vocab_size=64, hidden_size=20, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    ))  # fmt: skip
-    FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15),
-        vae=flux_oracles.autoencoder(),
-        text_encoder=flux_oracles.randomised(clip, 0.2), tokenizer=_tokenizer("clip"),
-        text_encoder_2=flux_oracles.randomised(t5, 0.2), tokenizer_2=_tokenizer("t5"),
-        transformer=flux_oracles.transformer(),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
-def _tokenizer(kind: str) -> Any:
-    """A tokenizer of single letters, which needs no file."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz "]
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<pad>"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>" if kind == "clip" else "$A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=77
-    )
+    return flux_oracles.save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 def test_a_whole_run_of_the_sampler_equals_diffusers(pipeline: Path) -> None:

@@ -1,4 +1,4 @@
-"""The layout never changes the result of a flow model: losses, gradients, validation; no two samples share noise."""
+"""The layout never changes the result of a flow model: losses, gradients, validation; no samples share noise."""
 
 from functools import cache
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_what_cannot_be_split_is_refused_before_it_starts(tmp_path: Path) -> Non
 
 
 def _what_the_model_saw(resolved: Resolved) -> tuple[list[torch.Tensor], list[torch.dtype], list[torch.dtype]]:
-    """Run one forward and backward in bf16, and return times, dtypes of angles, and dtypes of the attention's inputs."""
+    """Run one forward and backward; returns times, dtypes of angles, and dtypes of the inputs of attention."""
     times: list[torch.Tensor] = []
     angles: list[torch.dtype] = []
     queries: list[torch.dtype] = []

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from tests.data.test_pictures import image, tar
+from tests.models import flux_oracles
 from tests.parity.test_flux_layouts import tiny
 from tests.runs import losses
 from titan_cli.main import run as titan
 from titan_core.config.load import Resolved
+from titan_core.config.schema import Encoder
 from titan_core.jobs import encode_flux, plan, train, validate
 from titan_core.runtime.errors import DataError
 from titan_core.runtime.events import Event, Sampled, Validated, Warned
+from titan_core.tasks.encoders import Widths, load_encoders
 from titan_core.training import images
 
 
@@ -175,3 +178,50 @@ def test_the_command_takes_a_recipe_with_dashes_and_data_can_be_looked_at(
     assert report.ok
     assert len(captions) == 4
     assert validate.checkpoint(str(tmp_path)).ok
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return flux_oracles.save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def with_encoders(pipeline: Path) -> dict[str, Any]:
+    named = dict.fromkeys(("encoder__t5_encoder", "encoder__clip_encoder", "encoder__autoencoder_path"), pipeline)
+    sizes = {"model.args.in_channels": 16, "model.args.vector_dim": 20, "model.args.context_dim": 24}
+    more = {"training__img_size": 16, "encoder__autoencoder_factor": 2, "training__steps": 3}
+    return {**named, **more, **{key.replace(".", "__"): value for key, value in sizes.items()}}
+
+
+def test_the_encoders_of_transformers_and_the_autoencoder_serve_a_run(pipeline: Path, tmp_path: Path) -> None:
+    """The same losses with captions tokenized here or in workers, on two ranks, and from stored encodings."""
+    data = pictures(tmp_path / "data")
+    settings = {**with_encoders(pipeline), "training__dataset_path": data, "data__shuffle": False}
+    alone = losses(tiny(tmp_path / "a", **settings))
+    assert losses(tiny(tmp_path / "b", **settings, data__num_workers=2)) == alone
+    assert losses(tiny(tmp_path / "c", {"dp": 2}, **settings), 2) == pytest.approx(alone, rel=1e-5)
+    encode_flux.run(tiny(tmp_path / "d", **settings), str(tmp_path / "encoded"))
+    stored = tiny(tmp_path / "d", **{**settings, "training__dataset_path": tmp_path / "encoded"})
+    assert losses(stored) == pytest.approx(alone, rel=2e-2)
+
+
+def test_what_the_encoders_give_is_what_diffusers_pipeline_encodes(pipeline: Path) -> None:
+    from diffusers import FluxPipeline
+
+    config = Encoder(*[str(pipeline)] * 3, max_t5_encoding_len=32, autoencoder_factor=2)
+    found = load_encoders(config, Widths(24, 20, 16), torch.device("cpu")).texts(["a cat", ""])
+    text, pooled, _ = FluxPipeline.from_pretrained(pipeline).encode_prompt(
+        ["a cat", ""], prompt_2=None, max_sequence_length=32
+    )
+    assert (found[0] - text).abs().max() < 1e-5
+    assert (found[1] - pooled).abs().max() < 1e-5
+
+
+def test_test_mode_draws_the_encoders(pipeline: Path, tmp_path: Path) -> None:
+    settings = {**with_encoders(pipeline), "training__dataset_path": pictures(tmp_path / "data")}
+    found = losses(tiny(tmp_path / "a", **settings, training__test_mode=True))
+    assert found != losses(tiny(tmp_path / "b", **settings))
+    wrong = {**settings, "model__args__vector_dim": 21}
+    with pytest.raises(DataError, match="gives 20 numbers, the model takes 21"):
+        train.run(tiny(tmp_path / "c", **wrong))
+    with pytest.raises(DataError, match="covers 2 pixels, not 4"):
+        train.run(tiny(tmp_path / "d", **{**settings, "encoder__autoencoder_factor": 4, "training__img_size": 32}))

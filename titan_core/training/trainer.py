@@ -91,7 +91,10 @@ class Trainer:
         stopped_by = None
         collector = GarbageCollector(config.training.gc_freq, config.training.gc_debug)
         stop = StopRequest(group, config.training.time_limit_minutes, self._unsaved_steps)
-        with stop, collector, self.profiler, explain_out_of_memory(config, self.parts.world.rank):
+        explained = explain_out_of_memory(
+            config, self.parts.world.rank, images=self.parts.family.task == "flow_matching"
+        )
+        with stop, collector, self.profiler, explained:
             self.profiler.before_first_step(self.progress.step)
             self._meter.begin()
             while self.progress.step < last and stopped_by is None:
