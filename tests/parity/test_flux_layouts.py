@@ -139,6 +139,11 @@ def test_what_cannot_be_split_is_refused_before_it_starts(tmp_path: Path) -> Non
     assert said({"pp": 2}) == ["flux is not cut into pipeline stages"]
     assert "`image rows` 25 is not a multiple of 2" in said({"cp": 2}, training__img_size=40)[0]
     assert "4 key/value heads do not divide over 8 ranks" in said({"tp": 8})[0]
+    assert "`training.img_size` 36 is not a multiple of 8 pixels" in said({}, training__img_size=36)[0]
+    assert "an image row is 48 numbers of the embedded autoencoder" in said({}, encoder__autoencoder_factor=2)[0]
+    assert said({}, training__local_batch_size=3, model__converters="quantize.linear.float8") == [
+        "24 text rows a microbatch, and quantize.linear.float8 needs a multiple of 16"
+    ]
 
 
 def _what_the_model_saw(resolved: Resolved) -> tuple[list[torch.Tensor], list[torch.dtype], list[torch.dtype]]:

@@ -15,7 +15,7 @@ from titan_cli.main import run as titan
 from titan_core.config.load import Resolved
 from titan_core.config.schema import Encoder
 from titan_core.jobs import encode_flux, plan, train, validate
-from titan_core.runtime.errors import DataError
+from titan_core.runtime.errors import ConfigError, DataError
 from titan_core.runtime.events import Event, Sampled, Validated, Warned
 from titan_core.tasks.encoders import Widths, load_encoders
 from titan_core.training import images
@@ -80,6 +80,9 @@ def test_stored_encodings_train_alike_without_encoders(tmp_path: Path, monkeypat
     assert encode_flux.run(resolved, str(tmp_path / "encoded"), per_file=5).kept == 2
     with pytest.raises(DataError, match="another encoding was begun here: per_file differ"):
         encode_flux.run(resolved, str(tmp_path / "encoded"), per_file=6)
+
+    with pytest.raises(ConfigError, match=r"`training.img_size` is 64, and the samples are encoded with 32"):
+        train.run(tiny(tmp_path / "d", training__dataset_path=tmp_path / "encoded", training__img_size=64))
 
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("an encoder was loaded")

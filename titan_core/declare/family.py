@@ -17,6 +17,7 @@ from titan_core.config.schema import Config
 from titan_core.declare.parameters import Attention, Parameter
 from titan_core.declare.sharding import Sharding
 from titan_core.declare.weights import Weights
+from titan_core.runtime.errors import Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ class Family:
 
     `task` is what the model is trained for, None if it only serves others. `lengths(config)` says how many rows of each
     kind one sample has in a run; the first kind are the tokens that the run counts.
+    `problems(config, sizes)` is what only the family knows to be wrong with a run.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Family:
     weights: Weights | None = None
     task: Literal["causal_lm", "flow_matching"] | None = "causal_lm"
     lengths: Callable[[Config], Mapping[str, int]] = lambda config: {"token": config.training.seq_len}
+    problems: Callable[[Config, Any], Sequence[Problem]] = lambda config, sizes: ()
 
     def sizes(self, flavor: str, **changes: Any) -> Any:
         """Return the sizes of a flavor with some of them replaced."""

@@ -107,16 +107,20 @@ def _data(resolved: Resolved) -> str:
 def _data_set(name: str, path: str | None, resolved: Resolved, *, validation: bool) -> str:
     """Say what is there of a data set, without fetching it."""
     purpose = "validation on" if validation else "training on"
+    pictures = _pictures(resolved)
+    on_hub = name in (HUB_PICTURES if pictures else NAMED) or (name not in (*NAMES, *PICTURES) and "/" in name)
+    if not path and on_hub:
+        return f"{purpose} {name}, from the Hub (not fetched: `titan validate data`)"
+    if pictures:
+        size = resolved.config.training.img_size
+        found = open_pictures(name, path, resolved.config.data, size=size, validation=validation, listener=silent)
+        count = f"{len(found):,} pictures of" if hasattr(found, "__len__") else "a stream of"
+        return f"{purpose} {count} {path or name}"
     if path and name != "c4_test":
         files = local_files(path, f"{'validation' if validation else 'training'}.dataset_path")
-        size = sum(file.stat().st_size for file in files)
-        return f"{purpose} {len(files)} files in {path}, {size / 1e6:,.1f} MB"
-    if name in (*NAMED, *HUB_PICTURES) or (name not in NAMES and "/" in name):
-        return f"{purpose} {name}, from the Hub (not fetched: `titan validate data`)"
-    if not _pictures(resolved):
-        open_source(name, path, resolved.config.data, validation=validation, listener=silent)
-    elif name not in PICTURES:
-        open_pictures(name, path, resolved.config.data, size=1, validation=validation, listener=silent)
+        num_bytes = sum(file.stat().st_size for file in files)
+        return f"{purpose} {len(files)} files in {path}, {num_bytes / 1e6:,.1f} MB"
+    open_source(name, path, resolved.config.data, validation=validation, listener=silent)
     return f"{purpose} {name}"
 
 

@@ -24,6 +24,7 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_products(config, family, sizes),
         *_backend(config, layout),
         *_quantized(config, layout, family),
+        *family.problems(config, sizes),
     ]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_core.config.schema import Config
-from titan_core.data.encoded import EncodedSamples
+from titan_core.data.encoded import EncodedSamples, Plan
 from titan_core.data.loader import BatchLoader
 from titan_core.data.open_pictures import open_pictures
 from titan_core.data.samples import SampleBatch, SampleSlice, build_sample_loader
@@ -69,13 +69,26 @@ class Images:
             size=training.img_size, validation=False, listener=listener,
         )  # fmt: skip
         if isinstance(self.source, EncodedSamples):
-            if self.source.plan.img_size != training.img_size:
-                message = f"`training.img_size` is {training.img_size}, and the samples are encoded at "
-                message += f"{self.source.plan.img_size} pixels"
-                raise ConfigError([Problem("training.img_size", message, tip="set it to that, or encode again")])
+            self._check_plan(self.source.plan)
             self._empty = tuple(x.to(device) for x in self.source.empty())  # pyright: ignore[reportAttributeAccessIssue]
         else:
             self.encoders()
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Look that stored samples have the sizes of this run."""
+        encoder, stored = self.config.encoder, plan.encoders
+        wanted = {
+            "training.img_size": (self.config.training.img_size, plan.img_size),
+            "encoder.max_t5_encoding_len": (encoder.max_t5_encoding_len, stored["max_t5_encoding_len"]),
+            "encoder.autoencoder_factor": (encoder.autoencoder_factor, stored["autoencoder_factor"]),
+        }
+        wrong = [
+            Problem(key, f"`{key}` is {mine}, and the samples are encoded with {theirs}", tip="or encode again")
+            for key, (mine, theirs) in wanted.items()
+            if mine != theirs
+        ]
+        if wrong:
+            raise ConfigError(wrong)
 
     def encoders(self) -> Encoders:
         """Return the encoders, loaded when they are first asked for."""
