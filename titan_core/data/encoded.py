@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_core.data.pictures import Problem
 from titan_core.runtime.errors import DataError
 
 PLAN = "encoded.json"
@@ -78,8 +77,8 @@ class EncodedSamples:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def item(self, index: int) -> EncodedSample | Problem:
-        """Read a sample."""
+    def item(self, index: int) -> EncodedSample:
+        """Read a sample. Raises `DataError` where a file is damaged."""
         number = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[number - 1] if number else 0)
         try:
@@ -88,7 +87,8 @@ class EncodedSamples:
             first, last = (int(file.get_slice("caption_ends")[i : i + 1]) for i in (row, row + 1))
             caption = bytes(file.get_slice("captions")[first:last].numpy()).decode()
         except Exception as error:  # the library's own kinds
-            return Problem(f"cannot be read: {error}", f"{self.folder / self._names[number]}, sample {row}")
+            where = f"{self.folder / self._names[number]}, sample {row}"
+            raise DataError(f"cannot be read: {error}", where=where, tip="remove the file, and encode again") from error
         return EncodedSample(mean, deviation, text, pooled, caption)
 
     def empty(self) -> tuple[Tensor, Tensor]:

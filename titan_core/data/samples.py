@@ -33,11 +33,13 @@ from titan_core.runtime.events import Listener, Note, Warned, silent
 
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 _PLACES = 1 << 16  # of a part within a long side
+_MOST_BAD = 64  # samples one after the other, before a data set counts as unusable
 
 
 @dataclass(frozen=True)
 class Row:
-    """A sample by its number in the run: pixels and ids, or what encoders made of it; or why it does not count."""
+    """A sample by its number in the run: pixels and ids, or what encoders made of it. One that does not count has a
+    black picture and no caption."""
 
     number: int
     caption: str = ""
@@ -74,22 +76,18 @@ class SampleBatch:
 
 
 def collate(rows: Sequence[Row]) -> SampleBatch:
-    """Stack rows; those that do not count are like another one, or empty."""
-    good = next((row for row in rows if row.problem is None), None)
+    """Stack rows."""
     numbers = torch.tensor([row.number for row in rows])
     counted = torch.tensor([row.problem is None for row in rows])
     captions = [row.caption for row in rows]
-    if good is None:
-        raise DataError(f"none of the samples {rows[0].number} to {rows[-1].number} can be used: {_said(rows[0])}")
-    filled = [row if row.problem is None else good for row in rows]
-    if good.encoded is not None:
-        every = [row.encoded for row in filled if row.encoded is not None]
+    encoded = [row.encoded for row in rows if row.encoded is not None]
+    if encoded:
         mean, deviation, text, pooled = (
-            torch.stack([getattr(one, name) for one in every]) for name in ("mean", "deviation", "text", "pooled")
+            torch.stack([getattr(one, name) for one in encoded]) for name in ("mean", "deviation", "text", "pooled")
         )
         return SampleBatch(numbers, counted, captions, moments=(mean, deviation), texts=(text, pooled))
-    pixels = torch.from_numpy(np.stack([row.pixels for row in filled if row.pixels is not None]))
-    t5, clip = zip(*(row.ids for row in filled if row.ids is not None), strict=True)
+    pixels = torch.from_numpy(np.stack([row.pixels for row in rows if row.pixels is not None]))
+    t5, clip = zip(*(row.ids for row in rows if row.ids is not None), strict=True)
     ids = torch.from_numpy(np.stack(t5)), torch.from_numpy(np.stack(clip))
     return SampleBatch(numbers, counted, captions, pixels=pixels, ids=ids)
 
@@ -114,17 +112,19 @@ class SampleReader:
         return NumberedRow(row, lane, self.positions[lane], _digest(row))  # pyright: ignore[reportArgumentType]
 
     def _row(self, number: int, record: Picture | EncodedSample | Problem) -> Row:
-        if isinstance(record, Problem):
-            return Row(number, problem=record)
         if isinstance(record, EncodedSample):
             return Row(number, record.caption, encoded=record)
-        pixels = prepare(record, self.size, crop_place(number))
+        pixels = record if isinstance(record, Problem) else prepare(record, self.size, crop_place(number))
         if isinstance(pixels, Problem):
-            return Row(number, record.caption, problem=pixels)
+            return Row(number, "", np.zeros((3, self.size, self.size), np.uint8), self._ids(""), problem=pixels)
+        assert isinstance(record, Picture)
+        return Row(number, record.caption, pixels, self._ids(record.caption))
+
+    def _ids(self, caption: str) -> tuple[np.ndarray, np.ndarray] | None:
         if self.tokenize is None:
-            return Row(number, record.caption, pixels)
-        t5, clip = self.tokenize([record.caption])
-        return Row(number, record.caption, pixels, (t5[0], clip[0]))
+            return None
+        t5, clip = self.tokenize([caption])
+        return t5[0], clip[0]
 
 
 def crop_place(number: int) -> float:
@@ -143,21 +143,22 @@ class Complaints:
     """Counts the samples that do not count, and says so when their number reaches 1, 10, 100, ..."""
 
     def __init__(self, listener: Listener) -> None:
-        self.listener, self.count = listener, 0
+        self.listener, self.count, self.in_a_row = listener, 0, 0
 
     def __call__(self, rows: Sequence[Row]) -> None:
-        """Look at the rows of a batch."""
+        """Look at the rows of a batch. Raises `DataError` when nothing but such samples comes."""
         for row in rows:
             if row.problem is None:
+                self.in_a_row = 0
                 continue
-            self.count += 1
+            self.count, self.in_a_row = self.count + 1, self.in_a_row + 1
+            if self.in_a_row == _MOST_BAD:
+                message = f"{_MOST_BAD} samples in a row cannot be used, the last: {row.problem.reason}"
+                raise DataError(message, where=row.problem.where, tip="`titan validate data` looks at the first ones")
             if math.log10(self.count).is_integer():
                 so_far = "" if self.count == 1 else f"; {self.count} so far"
-                self.listener(Warned(f"sample {row.number} is left out: {_said(row)}{so_far}"))
-
-
-def _said(row: Row) -> str:
-    return "" if row.problem is None else f"{row.problem.reason} ({row.problem.where})"
+                said = f"{row.problem.reason} ({row.problem.where})"
+                self.listener(Warned(f"sample {row.number} is left out: {said}{so_far}"))
 
 
 # ---------------------------------------------------------------------------------------------- loaders

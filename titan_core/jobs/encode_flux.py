@@ -65,6 +65,8 @@ def run(
     world = distributed.start(7 * 86400)
     try:
         source = _source(config, validation, listener)
+        if isinstance(source, EncodedSamples):
+            raise UsageError("these samples are encoded already", where=str(source.folder))
         total = len(source) if hasattr(source, "__len__") else None
         count = min(x for x in (samples, total) if x is not None) if samples or total else None
         if count is None:
