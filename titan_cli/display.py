@@ -14,6 +14,7 @@ from titan_core.runtime.events import (
     Phase,
     Planned,
     Progress,
+    Sampled,
     Saved,
     StepDone,
     Text,
@@ -73,6 +74,11 @@ class Display:
                 f"{self.output.style('valid', 'good')}     step {event.step}  loss {event.loss:.4f}  "
                 f"{event.tokens:,} targets  {event.seconds:.1f} s"
             )
+            if event.parts:
+                self._line(f"{'':<10}" + "  ".join(f"{name} {value:.4f}" for name, value in event.parts.items()))
+        elif isinstance(event, Sampled):
+            more = f" and {len(event.paths) - 1} more" if len(event.paths) > 1 else ""
+            self._line(f"{self.output.style('drawn', 'good')}     {event.paths[0]}{more}")
         elif isinstance(event, Saved):
             stall = f", training stood still {event.stall:.2f} s" if event.stall >= 0.01 else ""
             self._line(

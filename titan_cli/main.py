@@ -28,10 +28,11 @@ EVENT_FD = "TITAN_EVENT_FD"  # as in titan_cli.worker, which costs an import
 COMMANDS = {
     "train": ("titan_cli.commands.train", "Train or resume a model"),
     "download": ("titan_cli.commands.download", "Fetch weights and tokenizers from Hugging Face"),
-    "convert": ("titan_cli.commands.convert", "Convert weights: Hugging Face, Meta, DCP"),
+    "convert": ("titan_cli.commands.convert", "Convert weights: Hugging Face, Meta, Black Forest Labs, DCP"),
+    "data": ("titan_cli.commands.data", "Prepare data sets"),
     "validate": ("titan_cli.commands.validate", "Check a config, checkpoint or data; measure loss"),
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
-    "generate": ("titan_cli.commands.generate", "Generate text with a trained model"),
+    "generate": ("titan_cli.commands.generate", "Generate text or images with a trained model"),
     "bench": ("titan_cli.commands.bench", "Measure kernels, collectives, steps and saves"),
     "bench-kernels": ("titan_cli.commands.bench", "The same as bench"),
     "plot": ("titan_cli.commands.plot", "Draw the loss curves of runs"),

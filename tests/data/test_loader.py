@@ -196,7 +196,7 @@ def test_epochs_differ_and_seeds_differ(tokenizer, corpus) -> None:
     config = config_for(corpus)
     source = open_source("local", str(corpus), config.data, validation=False, listener=print)
     order = {
-        (seed, epoch): [IndexedDocuments(source, seed, True).text(epoch * 40 + i) for i in range(40)]
+        (seed, epoch): [IndexedDocuments(source, seed, True).item(epoch * 40 + i) for i in range(40)]
         for seed in (0, 1)
         for epoch in (0, 1)
     }

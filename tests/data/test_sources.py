@@ -30,7 +30,7 @@ def test_embedded_splits_share_no_file() -> None:
 
 def test_embedded_pieces_are_the_files_whole() -> None:
     held_out, _ = opened("embedded", validation=True)
-    pieces = "".join(held_out.text(i) for i in range(len(held_out)))
+    pieces = "".join(held_out.item(i) for i in range(len(held_out)))
     assert pieces == "".join(path.read_bytes().decode() for path in embedded.files("validation"))
 
 
@@ -51,7 +51,7 @@ def test_local_formats(kind: str, tmp_path: Path) -> None:
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"text": texts}), path)
     source, _ = opened(path=path)
-    assert [source.text(i) for i in range(len(source))] == texts
+    assert [source.item(i) for i in range(len(source))] == texts
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -91,7 +91,7 @@ def test_a_large_text_file_is_cut_into_pieces_at_line_starts(tmp_path: Path) -> 
     late = "x" * (2 * PIECE_BYTES - 9) + "\n" + "x" * 2 * PIECE_BYTES
     (tmp_path / "d.txt").write_text(late)
     source, _ = opened(path=tmp_path)
-    pieces = [source.text(i) for i in range(len(source))]
+    pieces = [source.item(i) for i in range(len(source))]
     small = pieces.index("small")
     assert "".join(pieces[:small]) == "".join(lines)
     assert all(piece.startswith("line ") for piece in pieces[:small])
@@ -108,13 +108,13 @@ def test_what_lies_beside_the_data_is_not_read(tmp_path: Path) -> None:
     (tmp_path / ".cache").mkdir()
     write(tmp_path / ".cache" / "old.parquet", ["c"])
     source, _ = opened(path=tmp_path)
-    assert [source.text(i) for i in range(len(source))] == ["a", "b"]
+    assert [source.item(i) for i in range(len(source))] == ["a", "b"]
 
 
 def test_a_missing_text_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "x"}\n{"text": null}\n')
-    assert [opened(path=path)[0].text(i) for i in range(2)] == ["x", ""]
+    assert [opened(path=path)[0].item(i) for i in range(2)] == ["x", ""]
     stream, _ = opened(path=path, streaming=True)
     assert isinstance(stream, Stream)
     assert list(stream.read(None)) == ["x", ""]
@@ -131,7 +131,7 @@ def test_a_column_of_numbers_is_no_text(streaming: bool, tmp_path: Path) -> None
 
 def test_a_value_that_is_no_text_is_refused_where_no_type_was_declared() -> None:
     with pytest.raises(DataError, match="column `text` of `mine` is not text, but list"):
-        tables.Table([{"text": [1]}], "text", "mine", "").text(0)
+        tables.Table([{"text": [1]}], "text", "mine", "").item(0)
 
 
 def test_a_stream_that_breaks_off_says_why(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch) -> None:
 def test_other_column(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"content": "x"}\n')
-    assert opened(path=path, text_key="content")[0].text(0) == "x"
+    assert opened(path=path, text_key="content")[0].item(0) == "x"
     with pytest.raises(DataError, match="no column `text`") as caught:
         opened(path=path)
     assert "content" in (caught.value.tip or "")
@@ -218,8 +218,8 @@ def test_text_with_a_few_odd_bytes_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.log").write_bytes(b"caf\xe9 \x00 " + b"plain words " * 50)  # codespell:ignore caf
     (tmp_path / "b.log").write_bytes("é".encode() * 4096)  # the first bytes end within a character
     source, _ = opened(path=tmp_path / "*.log")
-    assert source.text(0).startswith("caf\ufffd \0 plain")  # codespell:ignore caf
-    assert source.text(1) == "é" * 4096
+    assert source.item(0).startswith("caf\ufffd \0 plain")  # codespell:ignore caf
+    assert source.item(1) == "é" * 4096
 
 
 def test_compressed_text_is_refused_by_name_and_compressed_lines_of_json_are_read(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_compressed_text_is_refused_by_name_and_compressed_lines_of_json_are_rea
         opened(path=tmp_path / "a.txt.gz")
     assert "unpack" in (caught.value.tip or "")
     (tmp_path / "b.json.gz").write_bytes(gzip.compress(b'{"text": "x"}\n'))
-    assert opened(path=tmp_path / "b.json.gz")[0].text(0) == "x"
+    assert opened(path=tmp_path / "b.json.gz")[0].item(0) == "x"
 
 
 def test_fingerprints_see_content_and_many_files_cost_no_more_than_some(tmp_path: Path) -> None:

@@ -101,3 +101,35 @@ def test_routed_experts_count_by_their_share() -> None:
     counts = count_parameters((experts,))
     assert (counts.total, counts.active) == (64 * 200, 6 * 200)
     assert flops_per_token((experts,), (), 1) == pytest.approx(6 * 6 * 200)
+
+
+def test_flux_dev_per_image() -> None:
+    """A 1024 px image of FLUX.1-dev, 4,096 image and 512 text rows: a closed form, and torch's counter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from titan_core.models import family
+    from titan_core.nn.latents import coordinates
+
+    flux = family("flux")
+    sizes = flux.flavors["flux-dev"]
+    image, text, d = 4096, 512, 3072
+    found = flops_per_token(flux.parameters(sizes), flux.attentions(sizes), {"image": image, "text": text, "sample": 1})
+    blocks = 19 * 12 * d * d * (image + text) + 38 * 12 * d * d * (image + text)
+    conditions = (19 * 12 + 38 * 3 + 2 + 3) * d * d + 2 * 256 * d + 768 * d
+    ends = 2 * 64 * d * image + 4096 * d * text
+    attention = 57 * 2 * (image + text) ** 2 * d
+    assert found * image == pytest.approx(6 * (blocks + conditions + ends + attention), rel=3e-4)  # and biases
+    assert 6 * (blocks + attention) / 3 == pytest.approx(74.4e12, rel=0.01)  # published: 74.4 TFLOP a forward
+
+    small = flux.sizes("debugmodel", n_double=1, n_single=1)
+    with torch.device("meta"):
+        model = flux.build(small)
+        inputs = torch.empty(2, 64, 192), torch.empty(2, 16, 128), torch.empty(2, 128), torch.empty(2)
+    ids = tuple(x.to("meta") for x in coordinates(8, 8, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs, ids)
+    lengths = {"image": 64, "text": 16, "sample": 1}
+    matmuls = [p for p in flux.parameters(small) if p.role not in ("norm", "bias")]
+    counted = flops_per_token(matmuls, flux.attentions(small), lengths) * 64 * 2 / 3
+    assert counter.get_total_flops() == pytest.approx(counted, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import typer
 
@@ -102,6 +103,30 @@ def convert(
     lines += [
         f"{row.name:<8}{row.wall_seconds:>8.2f}{row.cpu_seconds:>8.2f}{row.gigabytes_per_cpu_second:>10.2f}"
         f"{row.peak_gigabytes:>9.2f}{row.wall_seconds / rows[0].wall_seconds:>8.2f}x"
+        for row in rows
+    ]
+    output.result("\n".join(lines), rows=[dataclasses.asdict(row) for row in rows])
+
+
+@app.command(epilog="\b\nExample:\n  titan bench flux")
+def flux(
+    ctx: typer.Context,
+    rounds: int = typer.Option(5, min=1, help="Turns of each, after one that is not counted."),
+    dtype: Literal["float32", "bfloat16"] = typer.Option("float32", help="Dtype of weights and computation."),
+) -> None:
+    """Train and sample the Flux debug model on the CPU, beside diffusers with the same weights: CPU time."""
+    no_flags(ctx)
+    output = output_of(ctx)
+    from titan_cli.display import Display
+    from titan_core.jobs import bench_flux as job
+
+    with Display(output) as display:
+        rows = job.run(rounds=rounds, dtype=dtype, listener=display)
+    own = {row.work: row.cpu_seconds for row in rows if row.name == "titan"}
+    lines = [f"{'':<20}{'':<12}{'CPU s':>8}{'min':>8}{'max':>8}  ratio"]
+    lines += [
+        f"{row.work:<20}{row.name:<12}{row.cpu_seconds:>8.3f}{row.cpu_seconds_min:>8.3f}{row.cpu_seconds_max:>8.3f}"
+        f"  {row.cpu_seconds / own[row.work]:.2f}x"
         for row in rows
     ]
     output.result("\n".join(lines), rows=[dataclasses.asdict(row) for row in rows])

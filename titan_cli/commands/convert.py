@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
-    help="Convert weights between Hugging Face, Meta, DCP and torch.",
+    help="Convert weights between Hugging Face, Meta, Black Forest Labs, DCP and torch.",
     epilog="\b\nExamples:\n  titan convert hf-to-dcp Llama-3.1-8B weights/llama3_8b\n"
     "  titan convert dcp-to-hf outputs/llama3_8b exported --dtype bfloat16 --max-shard-size 5GB\n"
     "  titan convert meta-to-dcp Meta-Llama-3-70B weights/llama3_70b --nproc 8\n\n"
@@ -31,6 +31,8 @@ _HELP = {
     "hf-to-dcp": "A Hugging Face folder into a titan checkpoint.",
     "dcp-to-hf": "A titan checkpoint into a Hugging Face folder: weights, config, tokenizer, model card.",
     "meta-to-dcp": "A folder of Meta's consolidated.NN.pth and params.json into a titan checkpoint.",
+    "bfl-to-dcp": "A single safetensors file of Black Forest Labs into a titan checkpoint.",
+    "dcp-to-bfl": "A titan checkpoint of Flux or its autoencoder into a single file such as flux1-dev.safetensors.",
     "dcp-to-torch": "A titan checkpoint into one torch.save file of its weights.",
     "hf-to-hf": "A Hugging Face folder into another: other shards, another dtype.",
 }

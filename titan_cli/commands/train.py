@@ -165,16 +165,33 @@ def _epilogue(output: Output, resolved: Resolved, done: TrainResult, words: list
     output.say(f"{'made':<10}{done.run}/metrics.jsonl" + (f", {done.checkpoint}" if done.checkpoint else ""))
     if done.checkpoint is None:
         return
-    validation, training = resolved.config.validation, resolved.config.training
-    held_out = validation if validation.enable else training
-    data = held_out.dataset_path or held_out.dataset
-    prompt = "def main():" if training.dataset == "embedded" else "The "
-    follow = [_again(words, done), ["generate", "llm", "--checkpoint", done.run, "--prompt", prompt]]
-    follow.append(["validate", "loss", done.run, "--data", data])
+    if _draws(resolved):
+        prompt = "a large red circle in the center on a white background"
+        follow = [_again(words, done), ["generate", "flux", "--checkpoint", done.run, "--prompt", prompt]]
+    else:
+        follow = _language(resolved, done, words)
     if done.first_loss is None and done.finished:
         follow.insert(1, _afresh(words, done.run))
     for number, command in enumerate(follow):
         output.say(f"{'' if number else 'next':<10}{shlex.join(['titan', *command])}")
+
+
+def _draws(resolved: Resolved) -> bool:
+    """Is the model one that draws images?"""
+    from titan_core.models import FAMILIES, family
+
+    name = resolved.config.model.name
+    return name in FAMILIES and family(name).task == "flow_matching"
+
+
+def _language(resolved: Resolved, done: TrainResult, words: list[str]) -> list[list[str]]:
+    """Return what to do next with a language model."""
+    validation, training = resolved.config.validation, resolved.config.training
+    held_out = validation if validation.enable else training
+    data = held_out.dataset_path or held_out.dataset
+    prompt = "def main():" if training.dataset == "embedded" else "The "
+    generate = ["generate", "llm", "--checkpoint", done.run, "--prompt", prompt]
+    return [_again(words, done), generate, ["validate", "loss", done.run, "--data", data]]
 
 
 def _again(words: list[str], done: TrainResult) -> list[str]:
@@ -216,8 +233,14 @@ def _named_run(resolved: Resolved, target: str | None) -> Resolved:
     """Note where the config came from; a run that names no folder gets one, the same for the same command."""
     job = dataclasses.replace(resolved.config.job, config_file=target or DEFAULT_RECIPE)
     if "job.dump_folder" not in resolved.sources:
-        job = dataclasses.replace(job, dump_folder=os.path.join("outputs", Path(target or DEFAULT_RECIPE).stem))
+        job = dataclasses.replace(job, dump_folder=os.path.join("outputs", _stem(target or DEFAULT_RECIPE)))
     return dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, job=job))
+
+
+def _stem(target: str) -> str:
+    """Return the name of a recipe or file; a recipe may be written with dashes."""
+    stem = Path(target).stem
+    return stem.replace("-", "_") if stem.replace("-", "_") in recipes() else stem
 
 
 def _list(output: Output) -> None:

@@ -93,7 +93,7 @@ def _schedule(config: Config) -> Iterator[Problem]:
                 f"{schedule.warmup_steps} warmup steps and {decay} of decay do not fit into {training.steps} steps",
                 tip="lower lr_scheduler.warmup_steps or lr_scheduler.decay_ratio, or raise training.steps",
             )
-    roles = {"embedding", "hidden", "output", "norm", "bias", "expert", "router"}
+    roles = {"embedding", "input", "condition", "hidden", "output", "norm", "bias", "expert", "router"}
     for role in config.optimizer.no_decay_roles:
         if role not in roles:
             yield Problem(

@@ -42,8 +42,9 @@ class TomlFile:
 def find(target: str, relative_to: Path | None = None, where: str | None = None) -> Path:
     """Return the file that a recipe name or a path stands for; raises `ConfigError` with the nearest recipe."""
     known = recipes()
-    if target in known:
-        return known[target]
+    name = target.replace("-", "_")
+    if name in known:
+        return known[name]
     for base in (relative_to, Path()):
         if base is not None and os.path.isfile(base / target):  # Path.is_file raises for a name that is too long
             return base / target

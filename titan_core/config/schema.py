@@ -155,10 +155,11 @@ class Training:
     """Batch, length, precision."""
 
     dataset: str = "embedded"
-    """`embedded` (the standard library's text, no network), `c4`, `c4_test`, `c4_validation`, `local`, or a Hub
-    repository `org/name`."""
+    """`embedded` (the standard library's text, or drawn shapes; no network), `c4`, `c4_test`, `c4_validation`, `local`,
+    or a Hub repository `org/name`; for images also `cc12m-wds`, `cc12m-test`, `coco-validation`."""
     dataset_path: str | None = None
-    """Local file, folder or glob (txt, jsonl, parquet) that replaces the data set's own location."""
+    """Local file, folder or glob that replaces the data set's own location: txt, jsonl, parquet; for images tar files
+    (webdataset), a folder of images with captions, or what `titan data encode-flux` wrote."""
     local_batch_size: Positive = 8
     """Sequences a data-parallel rank computes at once."""
     global_batch_size: int = -1
@@ -191,6 +192,12 @@ class Training:
     """How products of many experts are formed: by titan's kernels, by torch's grouped product, or one by one."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and stop cleanly after this time."""
+    img_size: Positive = 256
+    """Pixels a side of an image; larger ones are shrunk and cropped, smaller ones left out."""
+    classifier_free_guidance_prob: Fraction = 0.0
+    """Share of the captions that are left out, so that a model also learns images without one."""
+    test_mode: bool = False
+    """Draw text encoders and autoencoder at random, from their configs alone: for tests without weights."""
 
 
 @dataclass(frozen=True)
@@ -509,6 +516,72 @@ class Validation:
     """Steps from one validation to the next."""
     steps: int = -1
     """Batches of a validation; -1: the whole data set."""
+    enable_classifier_free_guidance: bool = False
+    """Draw sample images with classifier-free guidance."""
+    classifier_free_guidance_scale: NonNegativeFloat = 5.0
+    """Its strength."""
+    denoising_steps: Positive = 50
+    """Steps in which a sample image is drawn."""
+    eval_freq: Positive = 100
+    """Accepted for torchtitan's files, whose code does not read it either; `freq` decides."""
+    save_img_count: AutoDegree = 1
+    """Sample images a validation, of its first captions; -1: one for each of its captions, 0: none."""
+    save_img_folder: str = "img"
+    """Folder of the sample images, inside the dump folder."""
+    all_timesteps: bool = False
+    """Measure every image at all eight times, not at one of them in turn."""
+    target_loss: PositiveFloat | None = None
+    """Save and stop cleanly when the validation loss is at most this."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Frozen encoders that serve a text-to-image model."""
+
+    t5_encoder: str = "google/t5-v1_1-small"
+    """T5: a folder or Hub repository; `embedded`: words to fixed random vectors, which needs no weights."""
+    clip_encoder: str = "openai/clip-vit-large-patch14"
+    """CLIP's text encoder, which gives one vector a text: a folder or Hub repository, or `embedded`."""
+    autoencoder_path: str = "assets/hf/FLUX.1-dev/ae.safetensors"
+    """Autoencoder: `ae.safetensors`, a folder of diffusers, or `embedded`: blocks of pixels themselves, no weights."""
+    max_t5_encoding_len: Positive = 256
+    """Text rows: longer captions are cut, shorter ones padded."""
+    autoencoder_factor: Positive = 8
+    """Pixels that a side of a latent covers."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype in which encoders compute; `auto`: bfloat16 on a GPU, float32 elsewhere."""
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """How rectified flows are trained (titan's own section)."""
+
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the time t: uniform, or the logistic function of a normal number (Esser et al. 2024)."""
+    logit_mean: float = 0.0
+    """Mean of that number."""
+    logit_std: PositiveFloat = 1.0
+    """Deviation of that number."""
+    resolution_shift: bool = False
+    """Shift times towards noise by the number of image rows, as sampling does."""
+    guidance: NonNegativeFloat = 1.0
+    """What a model with distilled guidance is told of its strength."""
+    dropout: Literal["independent", "joint"] = "independent"
+    """Leave out T5's and CLIP's encoding of a caption each for itself, or both at once."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Defaults of `titan generate flux` for a run's checkpoints."""
+
+    save_img_folder: str = "inference_results"
+    """Folder of the images, inside the dump folder."""
+    prompts_path: str = ""
+    """File with prompts, one a line."""
+    local_batch_size: Positive = 2
+    """Images that a rank draws at once."""
+    img_size: Positive | None = None
+    """Pixels a side; unset: as in training."""
 
 
 @dataclass(frozen=True)
@@ -523,6 +596,10 @@ class Data:
     """Batches prepared ahead."""
     text_key: str = "text"
     """Column that holds the text."""
+    image_key: str = "jpg"
+    """Column, or ending of tar members, that holds images."""
+    caption_key: str = "txt"
+    """Column, or ending of tar members, that holds captions."""
     split: str = "train"
     """Split of a Hub data set."""
     subset: str | None = None
@@ -575,4 +652,7 @@ class Config:
     fault_tolerance: FaultTolerance = field(default_factory=FaultTolerance)
     guard: Guard = field(default_factory=Guard)
     validation: Validation = field(default_factory=Validation)
+    encoder: Encoder = field(default_factory=Encoder)
+    flow_matching: FlowMatching = field(default_factory=FlowMatching)
+    inference: Inference = field(default_factory=Inference)
     experimental: Experimental = field(default_factory=Experimental)

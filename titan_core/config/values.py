@@ -94,7 +94,7 @@ def type_name(hint: Any) -> str:
     plain, optional = strip(hint)
     if allowed:
         name = " | ".join(str(choice) for choice in allowed)
-    elif typing.get_origin(plain) is list:
+    elif typing.get_origin(plain) in (list, tuple):
         name = f"list of {type_name(typing.get_args(plain)[0])}"
     elif typing.get_origin(plain) is dict:
         name = "table"

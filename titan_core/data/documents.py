@@ -1,5 +1,6 @@
 """The infinite sequence of documents of a run: epoch after epoch, each in its own order, read by number.
 
+A document is a text, or in a run with images a picture with its caption.
 Document g of the sequence is the same whoever asks: it depends on the source, the seed and g only.
 """
 
@@ -23,14 +24,14 @@ class IndexedDocuments:
         self.shuffle = shuffle
         self.infinite = infinite
 
-    def text(self, number: int) -> str | None:
+    def item(self, number: int) -> Any:
         """Return document `number` of the sequence, None past the end of a finite one."""
         size = len(self.source)
         epoch, position = divmod(number, size)
         if epoch and not self.infinite:
             return None
         index = permute(position, size, f"{self.seed}/{epoch}") if self.shuffle else position
-        return self.source.text(index)
+        return self.source.item(index)
 
     def state(self, oldest: int) -> dict[str, Any]:
         """Return what a resume needs besides numbers: nothing."""
@@ -63,12 +64,12 @@ class StreamedDocuments:
         self.shuffle = shuffle
         self.mine = mine
         self.infinite = infinite
-        self._waiting: dict[int, str] = {}
+        self._waiting: dict[int, Any] = {}
         self._starts: list[dict[str, Any]] = [{"number": 0, "epoch": 0, "library": None}]
-        self._reader: Iterator[str] | None = None
+        self._reader: Iterator[Any] | None = None
         self._ended = False
 
-    def text(self, number: int) -> str | None:
+    def item(self, number: int) -> Any:
         """Return document `number` of the sequence; reads on in the stream as far as needed."""
         while number not in self._waiting:
             if self._ended or number < self._starts[-1]["number"]:
@@ -96,7 +97,7 @@ class StreamedDocuments:
         number, epoch = start["number"], start["epoch"]
         if self._reader is None:
             self._reader = self.source.read(copy.deepcopy(start["library"]))
-        texts: list[str] = []
+        texts: list[Any] = []
         for text in self._reader:
             texts.append(text)
             if len(texts) == self.window:

@@ -92,7 +92,7 @@ class LaneReader:
         cached = self._cached.get(lane)
         if cached is not None and cached[0] == document:
             return cached[1]
-        text = self.documents.text(lane + document * self.num_lanes)
+        text = self.documents.item(lane + document * self.num_lanes)
         if text is None:
             return None
         ids = self.tokenizer.encode(text, add_bos=True, add_eos=True)

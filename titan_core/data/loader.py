@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,11 @@ from torch import Tensor
 from titan_core.config import schema
 from titan_core.data.documents import Documents
 from titan_core.data.lanes import (
-    LaneReader,
+    NumberedRow,
     Position,
     positions_from_json,
     positions_to_json,
 )
-from titan_core.data.tokenizer import Tokenizer
 from titan_core.data.workers import Share, Workers, oldest
 from titan_core.runtime.errors import DataError
 
@@ -60,42 +59,48 @@ def collate(rows: list[Any]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(part)) for part in parts))
 
 
+class RowReader(Protocol):
+    """Makes rows by number, each in one of so many lanes; `positions` is where the lanes are."""
+
+    num_lanes: int
+    positions: dict[int, Position]
+
+    def row(self, number: int) -> NumberedRow | None:
+        """Return a row, None past the end of the documents."""
+        ...
+
+
 class BatchLoader:
     """An endless iterator over the microbatches of one data rank.
 
     Step s computes rows s*G .. s*G + G - 1 of the run, G being the global batch; rank d of D the d-th part of them, in
     microbatches of `local_batch_size`. So the rows of a step are the same for any D, microbatch size or number of
-    workers. `documents(mine)` makes the sequence of documents, `mine` telling which of them will be asked for.
+    workers. `documents(mine)` makes the sequence of documents, `mine` telling which of them will be asked for;
+    `reader(documents, lanes, positions)` makes rows of them, and `join` a batch of rows. `fingerprint` is what must not
+    change in a run.
     """
 
     def __init__(
         self,
         documents: Callable[[Callable[[int], bool]], Documents],
-        tokenizer: Tokenizer,
+        reader: Callable[[Documents, int, dict[int, Position]], RowReader],
         *,
-        seq_len: int,
         local_batch_size: int,
         global_batch_size: int,
         dp_rank: int,
         dp_size: int,
         data: schema.Data,
-        source_fingerprint: str,
-        order: str,
-        seed: int,
+        fingerprint: dict[str, str],
+        join: Callable[[list[Any]], Any] = collate,
     ) -> None:
         self.make_documents = documents
-        self.tokenizer = tokenizer
-        self.seq_len = seq_len
+        self.make_reader = reader
+        self.join = join
         self.local_batch_size = local_batch_size
         self.global_batch_size = global_batch_size
         self.dp_rank, self.dp_size = dp_rank, dp_size
         self.data = data
-        self.fingerprint = {
-            "source": source_fingerprint,
-            "tokenizer": tokenizer.fingerprint,
-            "seed": str(seed),
-            "order": order,
-        }
+        self.fingerprint = fingerprint
         self.wait_seconds = 0.0
         self.rows = 0
         self.digest = 0
@@ -111,10 +116,10 @@ class BatchLoader:
         """Microbatches a step."""
         return self.global_batch_size // self.dp_size // self.local_batch_size
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         """Return the next microbatch; waits for it, and counts the wait."""
         if self._producer is None:
             self._start()
@@ -130,7 +135,7 @@ class BatchLoader:
         if self._microbatch == self.microbatches:
             self._microbatch = 0
             self.rows += self.global_batch_size
-        return collate([numbered.row for numbered in rows])
+        return self.join([numbered.row for numbered in rows])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of what has been handed out, of this rank's lanes; call it between steps."""
@@ -202,14 +207,7 @@ class BatchLoader:
         documents = self.make_documents(mine)
         if self._stream_state:
             documents.load(self._stream_state)
-        reader = LaneReader(
-            documents,
-            self.tokenizer,
-            lanes=self._num_lanes,
-            seq_len=self.seq_len,
-            split_documents=self.data.split_documents,
-            positions=positions,
-        )
+        reader = self.make_reader(documents, self._num_lanes, positions)
         groups = [list(group) for _, group in itertools.groupby(slots, lambda slot: slot // self.local_batch_size)]
         for start in itertools.count(self._first_row(), self.global_batch_size):
             for group in groups:
@@ -251,7 +249,7 @@ def data_hash(state: dict[str, Any]) -> str:
     return hashlib.sha256(f"{state['rows']}/{state['digest']}".encode()).hexdigest()[:16]
 
 
-def _oldest(reader: LaneReader, lanes: set[int]) -> int:
+def _oldest(reader: RowReader, lanes: set[int]) -> int:
     """Return the first document that a lane may still ask for."""
     start = Position(0, 0, 0)
     return min(lane + reader.positions.get(lane, start).documents * reader.num_lanes for lane in lanes)

@@ -34,7 +34,7 @@ class TextFiles:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def text(self, index: int) -> str:
+    def item(self, index: int) -> str:
         """Return one document; bytes that are not UTF-8 are replaced."""
         number = bisect.bisect_right(self._ends, index)
         before = self._ends[number - 1] if number else 0

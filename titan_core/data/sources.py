@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from titan_core.config import schema
 from titan_core.data import embedded, local_files
@@ -28,7 +28,7 @@ class IndexedSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def text(self, index: int) -> str:
+    def item(self, index: int) -> Any:
         """Return one document."""
         ...
 

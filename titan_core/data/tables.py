@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ class Table:
     def __len__(self) -> int:
         return len(self._table)
 
-    def text(self, index: int) -> str:
+    def item(self, index: int) -> str:
         """Return one row's text; a missing text is empty."""
         try:
             value = self._table[index][self._column]
@@ -36,20 +36,21 @@ class Table:
 
 
 class Stream:
-    """A column of a `datasets` stream, read in order, with a state that goes on exactly where it was taken.
+    """A `datasets` stream, read in order, with a state that goes on exactly where it was taken; `convert` makes
+    documents of its rows.
 
     The library's own shuffle buffer is not used: it loses its rows on a resume.
     """
 
-    def __init__(self, stream: Any, column: str, name: str, fingerprint: str) -> None:
+    def __init__(self, stream: Any, convert: Callable[[Any], Any], name: str, fingerprint: str) -> None:
         self._stream = stream
-        self._column = column
+        self._convert = convert
         self._name = name
         self._beginning = copy.deepcopy(stream.state_dict())
         self.fingerprint = fingerprint
 
-    def read(self, state: Any) -> Iterator[str]:
-        """Yield the texts of one epoch from a state on, None for its beginning."""
+    def read(self, state: Any) -> Iterator[Any]:
+        """Yield the documents of one epoch from a state on, None for its beginning."""
         self._stream.load_state_dict(copy.deepcopy(self._beginning if state is None else state))
         rows = iter(self._stream)
         while True:
@@ -60,10 +61,10 @@ class Stream:
             except Exception as error:  # the library's readers raise many kinds for a bad file or a lost connection
                 tip = "the same command goes on from the last checkpoint"
                 raise DataError(f"the stream of `{self._name}` broke off: {_cause(error)}", tip=tip) from error
-            yield _as_text(row[self._column], self._column, self._name)
+            yield self._convert(row)
 
     def state(self) -> Any:
-        """Return the state after the text that was yielded last."""
+        """Return the state after the document that was yielded last."""
         return self._stream.state_dict()
 
 
@@ -82,6 +83,21 @@ def load_table(
 
     `name` is what the user calls it. Raises `DataError` if it cannot be read, is empty, or has no such column of text.
     """
+    loaded, columns = load_rows(builder, subset, options, streaming=streaming, name=name, where=where)
+    _check_column(loaded, columns, column, name)
+    fingerprint = f"{fingerprint}/{column}"
+    loaded = loaded.select_columns([column])
+    if streaming:
+        return Stream(loaded, lambda row: _as_text(row[column], column, name), name, fingerprint)
+    if len(loaded) == 0:
+        raise DataError(f"the data set `{name}` is empty", where=where)
+    return Table(loaded, column, name, fingerprint)
+
+
+def load_rows(
+    builder: str, subset: str | None, options: dict[str, Any], *, streaming: bool, name: str, where: str
+) -> tuple[Any, list[str]]:
+    """Return what `datasets.load_dataset` gives, and its columns. Raises `DataError` if it cannot be read."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -97,14 +113,7 @@ def load_table(
         raise _unreachable(name, _cause(error), where) from error
     except Exception as error:  # the library's readers raise many kinds for a bad file or name
         raise DataError(f"cannot read the data set `{name}`: {_cause(error)}", where=where) from error
-    _check_column(loaded, columns, column, name)
-    fingerprint = f"{fingerprint}/{column}"
-    loaded = loaded.select_columns([column])
-    if streaming:
-        return Stream(loaded, column, name, fingerprint)
-    if len(loaded) == 0:
-        raise DataError(f"the data set `{name}` is empty", where=where)
-    return Table(loaded, column, name, fingerprint)
+    return loaded, columns
 
 
 def check_hub(name: str, where: str) -> None:

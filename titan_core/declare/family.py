@@ -11,11 +11,13 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from titan_core.config.schema import Config
 from titan_core.declare.parameters import Attention, Parameter
 from titan_core.declare.sharding import Sharding
 from titan_core.declare.weights import Weights
+from titan_core.runtime.errors import Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +32,10 @@ class Family:
     `build(sizes)` makes the module on the current default device, with uninitialised weights. `blocks` are globs of
     the modules that are checkpointed, compiled and sharded as units; `sharding` says where all can be split, `weights`
     how they lie in foreign checkpoints.
+
+    `task` is what the model is trained for, None if it only serves others. `lengths(config)` says how many rows of each
+    kind one sample has in a run; the first kind are the tokens that the run counts.
+    `problems(config, sizes)` is what only the family knows to be wrong with a run.
     """
 
     name: str
@@ -40,6 +46,9 @@ class Family:
     blocks: tuple[str, ...]
     sharding: Sharding
     weights: Weights | None = None
+    task: Literal["causal_lm", "flow_matching"] | None = "causal_lm"
+    lengths: Callable[[Config], Mapping[str, int]] = lambda config: {"token": config.training.seq_len}
+    problems: Callable[[Config, Any], Sequence[Problem]] = lambda config, sizes: ()
 
     def sizes(self, flavor: str, **changes: Any) -> Any:
         """Return the sizes of a flavor with some of them replaced."""

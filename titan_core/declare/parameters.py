@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Role = Literal["embedding", "hidden", "output", "norm", "bias", "expert", "router"]
+Role = Literal["embedding", "input", "condition", "hidden", "output", "norm", "bias", "expert", "router"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ class Parameter:
 
     `active` is the share of the parameter's matmul that one token uses (k / E for routed experts). `tied_to` names
     the parameter that stands in for this one: its matmul counts, but the module has no parameter of this name. What is
-    not `trained` is a buffer of the module: stored and loaded, but no gradient reaches it.
+    not `trained` is a buffer of the module: stored and loaded, but no gradient reaches it. `per` names the kinds of
+    rows that meet the parameter, where not every token does: a family's `lengths` says how many there are.
+
+    An `input` is a matmul from data to the model's width, a `condition` one whose rows are whole samples.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Parameter:
     active: float = 1.0
     tied_to: str | None = None
     trained: bool = True
+    per: tuple[str, ...] = ("token",)
 
     @property
     def numel(self) -> int:
@@ -58,7 +62,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention layer, as FLOP and memory counts need it.
+    """One attention layer, as FLOP and memory counts need it; tokens of all kinds in `per` meet each other.
 
     `cached` is what a cache keeps of a token: heads and two widths; without it, that of keys and values.
     """
@@ -69,3 +73,5 @@ class Attention:
     v_dim: int
     window: int | None = None
     cached: tuple[int, int, int] | None = None
+    causal: bool = True
+    per: tuple[str, ...] = ("token",)

@@ -17,8 +17,11 @@ class Sharding:
 
     `embeddings` are tables split by vocabulary. `columns` are projections split by output features, `rows` those split
     by input features, whose results are partial sums. A projection is split inside of one of the `regions`: modules
-    whose first argument is the residual stream (B, T, D), needed whole, and whose result is added to it. Outside of the
-    regions the stream may be split along T, from the `embeddings` on to `closing`, the last norm.
+    whose first argument is the residual stream (B, T, D), or a tuple of such streams, needed whole, and whose result is
+    added to it. Outside of the regions the stream may be split along T, from the `embeddings` on to `closing`, the last
+    norm, or from the `openings`, which map rows of data to a stream, on to the `outputs`, whose results are wanted
+    whole. `modulations` map a vector (B, V) of each sample to what is applied to its stream: they are split by output
+    features, and what they give is needed whole; `conditions` make that vector.
     `experts` are modules that hold the weights of many experts, stacked along dimension 0, and are called with
     tokens (N, D), the numbers of the experts chosen for each (N, K) and their weights (N, K) or None. They lie in
     `mixtures`, which are regions, with `shared` experts beside them; `loads` are the modules there that count what each
@@ -32,6 +35,10 @@ class Sharding:
     rows: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
     closing: tuple[str, ...] = ()
+    openings: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    modulations: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     mixtures: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
@@ -42,7 +49,7 @@ class Sharding:
 
     def split_dim(self, module: str) -> int | None:
         """Return the dimension of a module's weight (..., out, in) that tensor parallelism splits, None for none."""
-        if matches(module, self.columns) or matches(module, self.embeddings):
+        if matches(module, (*self.columns, *self.embeddings, *self.modulations)):
             return -2
         return -1 if matches(module, self.rows) else None
 

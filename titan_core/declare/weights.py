@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,13 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Squeeze:
+    """A dimension of length 1 is not there on their side."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
 class Stack:
     """They have a tensor for each index of our first dimension: `{index}` in their name, counted from 0."""
 
@@ -58,7 +65,7 @@ class SwapHalves:
     dim: int
 
 
-Step = Rotary | Transpose | Part | Stack | Split | SwapHalves
+Step = Rotary | Transpose | Part | Squeeze | Stack | Split | SwapHalves
 
 
 @dataclass(frozen=True)
@@ -110,10 +117,23 @@ class Meta:
 
 
 @dataclass(frozen=True)
+class SingleFile:
+    """A family's form in one safetensors file without a config, as its makers publish it.
+
+    `read_shapes(shapes)` returns the sizes that the names and shapes of its tensors say, None if it is of another
+    family.
+    """
+
+    rules: Callable[[Any], Sequence[Rule]]
+    read_shapes: Callable[[Mapping[str, tuple[int, ...]]], Any]
+
+
+@dataclass(frozen=True)
 class Weights:
     """What a family knows of foreign checkpoints.
 
-    `model_types` are the values of `model_type` in a `config.json` that mean this family. `read_config(config)` returns
+    `model_types` are the values of `model_type` (transformers) or `_class_name` (diffusers) in a `config.json` that
+    mean this family; `library` is who reads such folders. `read_config(config)` returns
     the sizes, or raises `UsageError` for an architecture that the family does not compute; `write_config(sizes)`
     returns a `config.json` that transformers loads.
     """
@@ -123,3 +143,5 @@ class Weights:
     write_config: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any], Sequence[Rule]]
     meta: Meta | None = None
+    single: SingleFile | None = None
+    library: Literal["transformers", "diffusers"] = "transformers"

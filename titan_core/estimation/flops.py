@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from titan_core.declare.parameters import Attention, Parameter, Role
 
-_MATMUL_ROLES = ("hidden", "output", "expert", "router")
+_MATMUL_ROLES = ("input", "condition", "hidden", "output", "expert", "router")
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,16 @@ def count_parameters(parameters: Sequence[Parameter]) -> Counts:
 
 
 def flops_per_token(
-    parameters: Sequence[Parameter], attentions: Sequence[Attention], seq_len: int, *, causal: bool = False
+    parameters: Sequence[Parameter],
+    attentions: Sequence[Attention],
+    lengths: Mapping[str, int] | int,
+    *,
+    causal: bool = False,
 ) -> float:
-    """Return the FLOPs of forward and backward for one token of a sequence of `seq_len`.
+    """Return the FLOPs of forward and backward for one token of a sample.
+
+    `lengths` are the rows of each kind that a sample has, of which the first kind are the tokens, or just the number of
+    tokens. Rows of other kinds are work too: all of a sample's work is shared out among its tokens.
 
     Six for each weight that is multiplied (two forward, four backward): the output head, also a tied one, but not the
     embedding, which is looked up; norms and biases, which are next to nothing, as 6 (N - N_emb) counts them. For
@@ -43,14 +50,24 @@ def flops_per_token(
     keys that a token sees, (T + 1) / 2 on average; without it all T are counted, the convention of most published MFU
     numbers. Recomputation is not counted.
     """
-    matmul = sum(6 * p.numel * p.active for p in parameters if p.role in _MATMUL_ROLES or p.role in ("norm", "bias"))
-    return matmul + sum(6 * _keys(a, seq_len, causal) * a.num_heads * (a.qk_dim + a.v_dim) for a in attentions)
+    if isinstance(lengths, int):
+        lengths = {"token": lengths}
+    tokens = next(iter(lengths.values()))
+
+    def rows(per: tuple[str, ...]) -> int:
+        return sum(lengths[kind] for kind in per)
+
+    counted = [p for p in parameters if p.role in _MATMUL_ROLES or p.role in ("norm", "bias")]
+    work = sum(6 * p.numel * p.active * rows(p.per) for p in counted)
+    for a in attentions:
+        work += 6 * rows(a.per) * _keys(a, rows(a.per), causal) * a.num_heads * (a.qk_dim + a.v_dim)
+    return work / tokens
 
 
 def _keys(attention: Attention, seq_len: int, causal: bool) -> float:
     """Return how many keys a query meets, on average."""
     if attention.window is None or attention.window >= seq_len:
-        return (seq_len + 1) / 2 if causal else seq_len
+        return (seq_len + 1) / 2 if causal and attention.causal else seq_len
     window = attention.window
     if not causal:
         return window

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from titan_core.config.layout import Layout
@@ -40,7 +40,12 @@ class Memory:
 
 
 def rank_memory(
-    config: Config, parameters: Sequence[Parameter], num_blocks: int, vocab_size: int, layout: Layout
+    config: Config,
+    parameters: Sequence[Parameter],
+    num_blocks: int,
+    vocab_size: int,
+    layout: Layout,
+    lengths: Mapping[str, int] | None = None,
 ) -> Memory:
     """Estimate the memory of a rank by plain arithmetic; a dry run counts it instead.
 
@@ -48,6 +53,7 @@ def rank_memory(
     recomputed its input is kept, and one block's own; without, what `_block_width` says; of all microbatches in flight.
     Attention is taken not to store its scores. FSDP gathers two blocks at once (the next is prefetched), or all where
     it does not free them; and between the microbatches of a step it keeps the gradient of every parameter whole.
+    `lengths` are the rows of each kind that a sample has; without them, `training.seq_len` tokens.
     """
     training = config.training
     own = [p for p in parameters if p.tied_to is None]
@@ -58,7 +64,7 @@ def rank_memory(
     rest = max(0, total - block * num_held)
     store, compute = BYTES[training.dtype], BYTES[training.mixed_precision_param]
     offload = training.enable_cpu_offload
-    share, whole = store * -(-total // layout.fsdp), 0
+    held, whole = store * -(-total // layout.fsdp), 0
     gathered = compute * total if compute != store else 0
     rows, steps = _rows_and_microbatches(config, layout)
     if layout.fsdp > 1 or offload:
@@ -67,23 +73,26 @@ def rank_memory(
         whole_block = block - mixed // layout.tp + mixed // (layout.ep * layout.expert_tp)
         gathered = compute * (rest + (min(2, num_held) if frees else num_held) * whole_block)
         whole = BYTES[training.mixed_precision_reduce] * total if steps > 1 else 0
-    tokens = rows * training.seq_len // layout.cp
-    width = next(p.shape[-1] for p in own if p.role == "embedding")
-    per_block = compute * tokens * _block_width(blocks, width) // max(num_blocks, 1) // layout.tp
+    lengths = lengths or {"token": training.seq_len}
+    stream = sum(count for kind, count in lengths.items() if kind != "sample")
+    tokens = rows * stream // layout.cp
+    width = next(p.shape[-1 if p.role == "embedding" else 0] for p in own if p.role in ("embedding", "input"))
+    met = {p.name: sum(lengths[kind] for kind in p.per) / stream for p in blocks}
+    per_block = compute * tokens * _block_width(blocks, width, met) // max(num_blocks, 1) // layout.tp
     split = layout.tp if config.parallelism.enable_sequence_parallel else 1
     in_flight = (
         1 if layout.pp == 1 else steps if config.parallelism.pipeline_parallel_schedule == "GPipe" else layout.pp
     )
     vocab = vocab_size // layout.tp
     return Memory(
-        weights=share,
-        gradients=share + whole if offload else max(share, whole),
-        optimizer=2 * share,
+        weights=held,
+        gradients=held + whole if offload else max(held, whole),
+        optimizer=2 * held,
         gathered=gathered,
         activations=min(in_flight, steps)
         * _activations(config, num_held, compute * tokens * width // split, per_block),
         logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab) + 4 * vocab * width,
-        host=4 * share if offload else 0,
+        host=4 * held if offload else 0,
     )
 
 
@@ -97,13 +106,14 @@ def _rows_and_microbatches(config: Config, layout: Layout) -> tuple[int, int]:
     return micro, steps * max(1, rows // micro)
 
 
-def _block_width(blocks: Sequence[Parameter], width: int) -> int:
+def _block_width(blocks: Sequence[Parameter], width: int, met: Mapping[str, float]) -> int:
     """Return how many numbers all blocks save for a token: what comes out of the matmuls and the norms, and what goes
-    into the matmuls that write to the residual stream. Square ones count as such, on the side of too much."""
-    matrices = [(p.shape[-2], p.shape[-1], _times(p)) for p in blocks if len(p.shape) > 1]
-    norms = [p.shape[0] for p in blocks if p.role == "norm"]
+    into the matmuls that write to the residual stream. Square ones count as such, on the side of too much. `met` is
+    the share of the tokens that meet a parameter."""
+    matrices = [(p.shape[-2], p.shape[-1], _times(p) * met[p.name]) for p in blocks if len(p.shape) > 1]
+    norms = sum(p.shape[0] * met[p.name] for p in blocks if p.role == "norm")
     outs = sum(out * times for out, _, times in matrices)
-    return round(outs + sum(norms) + sum(into * times for out, into, times in matrices if out == width))
+    return round(outs + norms + sum(into * times for out, into, times in matrices if out == width))
 
 
 def _times(parameter: Parameter) -> float:

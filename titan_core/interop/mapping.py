@@ -11,7 +11,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from titan_core.declare.parameters import Parameter
-from titan_core.declare.weights import Drop, Link, Part, Rotary, Rule, Split, Stack, Step, SwapHalves, Transpose
+from titan_core.declare.weights import (
+    Drop,
+    Link,
+    Part,
+    Rotary,
+    Rule,
+    Split,
+    Squeeze,
+    Stack,
+    Step,
+    SwapHalves,
+    Transpose,
+)
 from titan_core.interop.boxes import Index, Shape
 from titan_core.interop.safetensors import some
 from titan_core.runtime.errors import CheckpointError
@@ -145,10 +157,15 @@ def _apply(step: Step, state: _State, length: dict[int, int]) -> list[_State]:
     if isinstance(step, Part):
         length[step.dim] = step.of
         return [_State(_moved(piece, step.dim, piece.their_start[step.dim] + step.start), numbers)]
+    if isinstance(step, Squeeze):
+        order, start = (_without(values, step.dim) for values in (piece.order, piece.their_start))
+        assert not any(dim >= step.dim for dim in length), f"{piece.ours}: squeeze before parts are placed"
+        return [_State(replace(piece, order=order, their_start=start), numbers)]
     if isinstance(step, Stack):
         return [
             _State(
-                replace(part, order=part.order[1:], their_start=part.their_start[1:]), {**numbers, step.index: str(i)}
+                replace(part, order=_without(part.order, 0), their_start=_without(part.their_start, 0)),
+                {**numbers, step.index: str(i)},
             )
             for i, part in enumerate(_cut(piece, 0, piece.size[piece.order[0]]))
         ]
@@ -184,6 +201,10 @@ def _moved(piece: Piece, dim: int, start: int) -> Piece:
     at = list(piece.their_start)
     at[dim] = start
     return replace(piece, their_start=tuple(at))
+
+
+def _without(values: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return values[:dim] + values[dim + 1 :]
 
 
 def _swapped(values: tuple[int, ...], first: int, second: int) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from titan_core.interop.boxes import Index, Shape
 from titan_core.interop.files import ByteReader, Run, inside, locate
 from titan_core.runtime.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEMS = ("model", "diffusion_pytorch_model")  # of the files of transformers and of diffusers
+INDEX_SUFFIX = ".safetensors.index.json"
 # The format's own limit; a header of Llama 405B's largest shard has 4 kB, one of DeepSeek-V3's 70 kB.
 _MOST_HEADER = 100_000_000
 _TIP = "copy or download it again"
@@ -53,7 +53,7 @@ class Stored:
 
 
 class SafetensorsSource:
-    """The tensors of a folder's safetensors files, in the order of the files."""
+    """The tensors of a folder's safetensors files, in the order of the files; or of one file."""
 
     def __init__(self, folder: str | Path, reader: ByteReader | None = None) -> None:
         self.folder = Path(folder)
@@ -149,9 +149,13 @@ def _check_ranges(ranges: list[tuple[int, int, str]], size: int, path: Path) -> 
 
 def _read_folder(folder: Path, reader: ByteReader) -> dict[str, Stored]:
     """Return all tensors of a folder, by its index if it has one."""
-    if (folder / INDEX).exists():
-        return _read_indexed(folder, reader)
-    names = [SINGLE] if (folder / SINGLE).exists() else sorted(p.name for p in folder.glob("*.safetensors"))
+    if folder.is_file():
+        return read_header(folder, reader)
+    for stem in STEMS:
+        if (folder / f"{stem}{INDEX_SUFFIX}").exists():
+            return _read_indexed(folder, f"{stem}{INDEX_SUFFIX}", reader)
+    singles = [name for stem in STEMS if (folder / (name := f"{stem}.safetensors")).exists()]
+    names = singles[:1] or sorted(p.name for p in folder.glob("*.safetensors"))
     if not names:
         raise CheckpointError("the folder holds no safetensors files", where=str(folder))
     found: dict[str, Stored] = {}
@@ -163,8 +167,8 @@ def _read_folder(folder: Path, reader: ByteReader) -> dict[str, Stored]:
     return found
 
 
-def _read_indexed(folder: Path, reader: ByteReader) -> dict[str, Stored]:
-    where = inside(folder, INDEX)
+def _read_indexed(folder: Path, index: str, reader: ByteReader) -> dict[str, Stored]:
+    where = inside(folder, index)
     try:
         data = where.read_bytes()
     except OSError as error:

@@ -12,17 +12,28 @@ import xxhash
 
 from titan_core.interop.boxes import Index, Shape, Slab
 from titan_core.interop.files import ByteReader, Run
-from titan_core.interop.safetensors import INDEX, NAMES, SINGLE
+from titan_core.interop.safetensors import INDEX_SUFFIX, NAMES
 from titan_core.interop.stream import Job, Pieces, divide, job_limit
 from titan_core.runtime.disk import WRITE_AT_ONCE, write_all
 from titan_core.runtime.errors import CheckpointError
 
 
 class SafetensorsSink:
-    """A folder of `model-00001-of-0000N.safetensors`, or one `model.safetensors`, with an index and other files."""
+    """A folder of `model-00001-of-0000N.safetensors`, or one `model.safetensors`, with an index and other files; `stem`
+    stands for `model`. `max_shard` None is one file."""
 
-    def __init__(self, folder: Path, index: Index, *, slab: int, max_shard: int, files: Mapping[str, bytes]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index: Index,
+        *,
+        slab: int,
+        max_shard: int | None,
+        files: Mapping[str, bytes],
+        stem: str = "model",
+    ) -> None:
         self.folder = folder
+        self._stem = stem
         self.files = files
         self._index = index
         self._total = sum(_bytes(*entry) for entry in index.values())
@@ -31,7 +42,7 @@ class SafetensorsSink:
         self.placed: dict[str, str] = {}
         jobs: list[Job] = []
         limit = job_limit(self._total)
-        for file, names in _shards(index, max_shard).items():
+        for file, names in _shards(index, max_shard, stem).items():
             self._headers[file] = _header(names, index)
             at = len(self._headers[file])
             for name in names:
@@ -80,9 +91,9 @@ class SafetensorsSink:
 
     def finish(self, records: dict[int, dict[str, Any]]) -> None:
         """Write the index, if there are several files, and the files beside the weights."""
-        if list(self._headers) != [SINGLE]:
+        if len(self._headers) > 1:
             tree = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self.placed.items()))}
-            (self.folder / INDEX).write_text(json.dumps(tree, indent=2) + "\n")
+            (self.folder / f"{self._stem}{INDEX_SUFFIX}").write_text(json.dumps(tree, indent=2) + "\n")
         for name, content in self.files.items():
             (self.folder / name).write_bytes(content)
 
@@ -95,20 +106,20 @@ def _bytes(shape: Shape, dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _shards(index: Index, max_shard: int) -> dict[str, list[str]]:
+def _shards(index: Index, max_shard: int | None, stem: str) -> dict[str, list[str]]:
     """Return file -> names: in order, each file as full as it may be; a larger tensor has a file of its own."""
     groups: list[list[str]] = []
     size = 0
     for name, entry in index.items():
         num_bytes = _bytes(*entry)
-        if not groups or (size + num_bytes > max_shard and size):
+        if not groups or (max_shard is not None and size + num_bytes > max_shard and size):
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += num_bytes
     if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
 def _header(names: Sequence[str], index: Index) -> bytes:

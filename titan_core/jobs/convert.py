@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -34,8 +34,10 @@ from titan_core.runtime.errors import CheckpointError, MachineError, UsageError
 from titan_core.runtime.events import Listener, Note, Planned, Progress, Warned, silent
 from titan_core.runtime.host_memory import keep_freed_memory
 
-Route = Literal["hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf"]
-ROUTES: tuple[Route, ...] = ("hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "dcp-to-torch", "hf-to-hf")
+Route = Literal[
+    "hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "bfl-to-dcp", "dcp-to-bfl", "dcp-to-torch", "hf-to-hf"
+]
+ROUTES: tuple[Route, ...] = get_args(Route)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FP8 = "fp8-block"
 # What the folders of a route's source hold, where it is not a step.
@@ -185,6 +187,8 @@ def _target_map(route: Route, opened: Opened, options: Options) -> Any:
     weights = foreign.weights_of(chosen)
     if route == "dcp-to-hf":
         rules = weights.rules(opened.sizes)
+    elif route == "dcp-to-bfl":
+        rules = foreign.single_of(chosen).rules(opened.sizes)
     elif weights.meta is None:
         raise UsageError(f"titan knows no Meta form of {chosen.name}")
     else:
@@ -228,7 +232,15 @@ def _sink(route: Route, opened: Opened, view: Source, target: str, options: Opti
     folder = place.parent / f".{place.name}.partial"
     if to == "hf":
         files = hf_files(opened, view.index, options.dtype)
-        sink = SafetensorsSink(folder, view.index, slab=slab, max_shard=options.max_shard, files=files)
+        stem = "model"
+        if opened.family is not None and foreign.weights_of(opened.family).library == "diffusers":
+            stem = "diffusion_pytorch_model"
+        sink = SafetensorsSink(folder, view.index, slab=slab, max_shard=options.max_shard, files=files, stem=stem)
+    elif to == "bfl":
+        if place.suffix != ".safetensors":
+            raise UsageError(f"`{target}` does not end in .safetensors", tip="such a checkpoint is one file")
+        sink = SafetensorsSink(folder, view.index, slab=slab, max_shard=None, files={}, stem=place.stem)
+        return _SingleFile(place, folder, _fingerprint(route, opened, view.index, sink.jobs)), sink
     elif to == "meta":
         contents: dict[str, list[str]] = {}
         for name in view.index:

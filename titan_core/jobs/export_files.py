@@ -14,7 +14,7 @@ from titan_core.runtime.errors import UsageError
 
 _NOT_EXPORTED = ("params.json",)
 _CARD = """---
-library_name: transformers
+library_name: {library}
 tags:
 - titan
 ---
@@ -32,11 +32,13 @@ def hf_files(opened: Opened, index: Index, dtype: str | None) -> dict[str, bytes
     files = {name: content for name, content in opened.assets.items() if name not in _NOT_EXPORTED}
     config = _config(opened)
     if config:
+        plain = _library(opened) == "diffusers"  # whose configs say nothing of dtypes and tokens
+        changed = config if plain else _with_dtype(config, index, dtype)
         stored = opened.assets.get("config.json")
-        changed = _with_dtype(config, index, dtype)
         same = stored is not None and json.loads(stored) == changed
         files["config.json"] = stored if same and stored else json.dumps(changed, indent=2).encode() + b"\n"
-        files.setdefault("generation_config.json", _generation_config(changed))
+        if not plain:
+            files.setdefault("generation_config.json", _generation_config(changed))
     files.setdefault("README.md", _card(opened).encode())
     return files
 
@@ -76,7 +78,13 @@ def _config(opened: Opened) -> dict[str, Any]:
                 return stored
         except UsageError:
             pass  # it is of another model than the weights
-    return {**weights.write_config(opened.sizes), **_token_ids(opened)}
+    written = weights.write_config(opened.sizes)
+    return written if weights.library == "diffusers" else {**written, **_token_ids(opened)}
+
+
+def _library(opened: Opened) -> str:
+    """Return which library reads such folders."""
+    return "transformers" if opened.family is None else weights_of(opened.family).library
 
 
 def _token_ids(opened: Opened) -> dict[str, int | None]:
@@ -119,9 +127,10 @@ def _generation_config(config: dict[str, Any]) -> bytes:
 
 def _card(opened: Opened) -> str:
     if opened.family is None:
-        return _CARD.format(name="Weights", sentence="Re-sharded weights.")
+        return _CARD.format(library="transformers", name="Weights", sentence="Re-sharded weights.")
     count = sum(p.numel for p in opened.family.parameters(opened.sizes) if p.tied_to is None)
     sentence = f"A {opened.family.name} of {count:,} parameters"
     if opened.shared is not None and opened.shared.get("step"):
         sentence += f", trained for {opened.shared['step']:,} steps on {opened.shared['tokens']:,} tokens"
-    return _CARD.format(name=f"{opened.family.name}, {count:,} parameters", sentence=sentence + ".")
+    name = f"{opened.family.name}, {count:,} parameters"
+    return _CARD.format(library=_library(opened), name=name, sentence=sentence + ".")

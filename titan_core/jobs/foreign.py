@@ -20,7 +20,7 @@ from titan_core.config import schema
 from titan_core.config.load import to_dict
 from titan_core.data.tokenizer import load_tokenizer
 from titan_core.declare.family import Family
-from titan_core.declare.weights import MetaLayout, Weights
+from titan_core.declare.weights import MetaLayout, SingleFile, Weights
 from titan_core.interop.boxes import Source
 from titan_core.interop.files import inside
 from titan_core.interop.mapping import Mapping as WeightMap
@@ -31,12 +31,13 @@ from titan_core.interop.views import SCALE, Dequantised, OurView, unequal_copies
 from titan_core.models import FAMILIES, family, resolve, sizes_from_dict
 from titan_core.runtime.errors import CheckpointError, DataError, UsageError
 
-Format = Literal["dcp", "hf", "meta", "torch"]
+Format = Literal["dcp", "hf", "meta", "torch", "bfl"]
 SAYS = {
     "dcp": "a titan checkpoint",
     "hf": "a Hugging Face folder",
     "meta": "a Meta folder",
     "torch": "a torch.save file",
+    "bfl": "a single safetensors file",
 }
 # Small files that belong to a model and are passed on as they are.
 ASSETS = (
@@ -91,7 +92,9 @@ class Opened:
         return {} if data is None else parse_json(data, Path(self.path) / "config.json")
 
     def _model_type(self) -> str:
-        found = self.config_json().get("model_type")
+        if self.format == "bfl":
+            return "its tensors are those of no family with a form in a single file"
+        found = _said_type(self.config_json())
         return (
             f"config.json says model_type {found!r}; titan has {', '.join(FAMILIES)}, and --family and --flavor set it"
         )
@@ -101,12 +104,16 @@ def kind_of(path: str) -> Format:
     """Return the format of a folder or file. Raises `CheckpointError` that says what was looked for."""
     place = Path(path)
     if place.is_file():
-        return "torch"
+        return "bfl" if place.suffix == ".safetensors" else "torch"
     if place.is_dir():
-        if any(place.glob("*.safetensors")) or (place / "model.safetensors.index.json").exists():
+        if any(place.glob("*.safetensors")) or any(place.glob("*.safetensors.index.json")):
             return "hf"
         if any(place.glob("consolidated.*.pth")):
             return "meta"
+        if (place / "model_index.json").exists():
+            parts = [sub.name for sub in sorted(place.iterdir()) if any(sub.glob("*.safetensors*"))]
+            message = f"the folder is a pipeline of diffusers, whose parts are in {', '.join(parts) or 'no folder'}"
+            raise CheckpointError(message, where=path, tip="name the folder of a part, e.g. its `transformer`")
         if any(place.glob("pytorch_model*.bin")):
             message = "the folder holds `pytorch_model*.bin`, pickles that titan does not read"
             tip = "convert them to safetensors with transformers: `save_pretrained(..., safe_serialization=True)`"
@@ -130,11 +137,8 @@ def open_weights(path: str, *, family_name: str | None = None, flavor: str | Non
     if flavor is not None and family_name is None:
         raise UsageError("`--flavor` needs `--family`")
     kind = kind_of(path)
-    opener = {"dcp": _open_step, "hf": _open_hf, "meta": _open_meta, "torch": _open_torch}[kind]
-    if kind == "dcp":
-        opened = _open_step(path, check)
-    else:
-        opened = opener(path)  # pyright: ignore[reportCallIssue]
+    openers = {"hf": _open_hf, "meta": _open_meta, "torch": _open_torch, "bfl": _open_bfl}
+    opened = _open_step(path, check) if kind == "dcp" else openers[kind](path)
     _identify(opened, family_name, flavor)
     if opened.family is not None:
         _map(opened, opened.family)
@@ -227,6 +231,10 @@ def _open_torch(path: str) -> Opened:
     return Opened("torch", path, PthSource(path))
 
 
+def _open_bfl(path: str) -> Opened:
+    return Opened("bfl", path, SafetensorsSource(path))
+
+
 def _plain_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """Return the dtype that a config says its weights have when they are not quantized."""
     name = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
@@ -267,6 +275,8 @@ def _identify(opened: Opened, family_name: str | None, flavor: str | None) -> No
         _identify_hf(opened)
     elif opened.format == "meta":
         _identify_meta(opened)
+    elif opened.format == "bfl":
+        _identify_bfl(opened)
     elif opened.family is not None:
         raise UsageError("a torch.save file does not say its sizes", tip="--flavor names them")
 
@@ -276,13 +286,36 @@ def _identify_hf(opened: Opened) -> None:
     if opened.family is None:
         for name in FAMILIES:
             weights = family(name).weights
-            if weights is not None and config.get("model_type") in weights.model_types:
+            if weights is not None and _said_type(config) in weights.model_types:
                 opened.family = family(name)
     if opened.family is None:
         return
     if not config:
         raise UsageError("the folder has no config.json", where=opened.path, tip="--family and --flavor say what it is")
     opened.sizes = weights_of(opened.family).read_config(config)
+
+
+def _said_type(config: Mapping[str, Any]) -> Any:
+    """Return how a config names its model: transformers by a type, diffusers by a class."""
+    return config.get("model_type", config.get("_class_name"))
+
+
+def _identify_bfl(opened: Opened) -> None:
+    """Find the family whose tensors these are, by names and shapes."""
+    shapes = {name: shape for name, (shape, _) in opened.raw.index.items()}
+    for name in [opened.family.name] if opened.family is not None else FAMILIES:
+        single = weights_of(family(name)).single
+        if single is None:
+            continue
+        try:
+            sizes = single.read_shapes(shapes)
+        except ValueError as error:
+            raise UsageError(f"{name} cannot have such tensors: {error}", where=opened.path) from None
+        if sizes is not None:
+            opened.family, opened.sizes = family(name), sizes
+            return
+    if opened.family is not None:
+        raise UsageError(f"the file does not hold the tensors of {opened.family.name}", where=opened.path)
 
 
 def _identify_meta(opened: Opened) -> None:
@@ -306,6 +339,14 @@ def weights_of(chosen: Family) -> Weights:
     return chosen.weights
 
 
+def single_of(chosen: Family) -> SingleFile:
+    """Return a family's map to a single file. Raises `UsageError` if it has none."""
+    single = weights_of(chosen).single
+    if single is None:
+        raise UsageError(f"titan knows no form of {chosen.name} in a single file")
+    return single
+
+
 def _map(opened: Opened, chosen: Family) -> None:
     """Work out the map of the format and hold the tensors against it."""
     parameters = chosen.parameters(opened.sizes)
@@ -314,6 +355,8 @@ def _map(opened: Opened, chosen: Family) -> None:
         return
     if opened.format == "hf":
         opened.mapping = work_out(weights_of(chosen).rules(opened.sizes), parameters)
+    elif opened.format == "bfl":
+        opened.mapping = work_out(single_of(chosen).rules(opened.sizes), parameters)
     else:
         meta = weights_of(chosen).meta
         assert meta is not None

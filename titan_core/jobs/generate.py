@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from titan_core.data.tokenizer import StreamDecoder
 from titan_core.generation.decode import decode
 from titan_core.generation.sampler import Sampling
-from titan_core.jobs.load import Trained, load_trained
+from titan_core.jobs.load import Trained, load_language
 from titan_core.runtime.errors import UsageError
 from titan_core.runtime.events import Listener, Note, Text, silent
 
@@ -51,7 +51,7 @@ def run(
     listener: Listener = silent,
 ) -> GenerateResult:
     """Continue prompts, given as text or as ids. A single prompt is streamed to the listener as it grows."""
-    trained = load_trained(checkpoint, device=device)
+    trained = load_language(checkpoint, device=device)
     encoded = [list(ids) for ids in prompt_ids] or [
         trained.tokenizer.encode(text, add_bos=True, add_eos=False) for text in prompts
     ]

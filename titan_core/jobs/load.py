@@ -18,7 +18,7 @@ from titan_core.models import family, sizes_from_dict
 from titan_core.nn.layers import set_parameter_dtype
 from titan_core.parallel.materialise import stored_buffers
 from titan_core.runtime import distributed
-from titan_core.runtime.errors import CheckpointError, DataError
+from titan_core.runtime.errors import CheckpointError, DataError, UsageError
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ def load(path: str, *, device: str | torch.device | None = None, dtype: torch.dt
     `device` defaults to a GPU where there is one; `dtype` to bf16 on a GPU and fp32 on a CPU. Raises `CheckpointError`.
     """
     return load_trained(path, device=device, dtype=dtype).model
+
+
+def load_language(path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Trained:
+    """Load a language model; see `load`. Raises `UsageError` for what is none."""
+    trained = load_trained(path, device=device, dtype=dtype)
+    if trained.family.task != "causal_lm":
+        raise UsageError(f"{trained.path} is a {trained.family.name}, not a language model")
+    return trained
 
 
 def load_trained(path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Trained:

@@ -110,8 +110,8 @@ def _difference(a: Tensor, b: Tensor) -> float:
 def _logits(report: Report, opened: list[Opened]) -> None:
     """Run small models of which one is a Hugging Face folder: titan's logits against transformers'."""
     hf = next((one for one in opened if one.format == "hf"), None)
-    if hf is None or hf.family is None:
-        report.skipped("logits", "neither is a Hugging Face folder of a known family")
+    if hf is None or hf.family is None or hf.family.task != "causal_lm":
+        report.skipped("logits", "neither is a Hugging Face folder of a language model that titan knows")
         return
     count = sum(p.numel for p in hf.family.parameters(hf.sizes) if p.tied_to is None)
     if count > _SMALL:

@@ -44,15 +44,15 @@ def run(resolved: Resolved, world_size: int, device_type: str | None = None) -> 
     if [(p.name, p.shape) for p in declared] != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
         raise RunFailed(f"{family.name} does not declare the parameters that it has")
     blocks = find(model, family.blocks)
-    counts = count_parameters(family.parameters(sizes))
+    counts, lengths = count_parameters(family.parameters(sizes)), family.lengths(config)
+    sample = next(iter(lengths.values()))
     full, causal = (
-        flops_per_token(family.parameters(sizes), family.attentions(sizes), training.seq_len, causal=c)
-        for c in (False, True)
+        flops_per_token(family.parameters(sizes), family.attentions(sizes), lengths, causal=c) for c in (False, True)
     )
     rows_a_step = training.global_batch_size
     if rows_a_step < 0:
         rows_a_step = training.local_batch_size * layout.dp
-    tokens = rows_a_step * training.seq_len
+    tokens = rows_a_step * sample
     wrong = legal.problems(config, layout, family, sizes)
     if wrong:
         raise ConfigError(wrong)
@@ -65,7 +65,7 @@ def run(resolved: Resolved, world_size: int, device_type: str | None = None) -> 
         ("layout", f"{world_size} ranks: {layout}; planned for {device}"),
         (
             "batch",
-            f"{rows_a_step} x {training.seq_len} = {tokens:,} tokens a step in "
+            f"{rows_a_step} x {sample} = {tokens:,} tokens a step in "
             f"{rows_a_step // (training.local_batch_size * layout.dp)} microbatches a rank; "
             f"{training.steps:,} steps = {tokens * training.steps:,} tokens, {full * tokens * training.steps:.3g} FLOP",
         ),

@@ -229,14 +229,14 @@ def _plan(parts: Parts) -> list[tuple[str, str]]:
     config, layout = parts.config, parts.mesh.layout
     training = config.training
     counts = count_parameters(parts.family.parameters(parts.sizes))
-    tokens = parts.global_batch * training.seq_len
+    tokens = parts.global_batch * parts.sample_tokens
     return [
         ("run", config.job.dump_folder),
         ("model", f"{parts.family.name} {config.model.flavor}, {counts.total:,} parameters"),
         ("layout", f"{parts.world.device.type}, {layout}, {training.mixed_precision_param}; " + ", ".join(parts.said)),
         (
             "batch",
-            f"{parts.global_batch} x {training.seq_len} = {tokens:,} tokens a step, {training.steps:,} steps, "
+            f"{parts.global_batch} x {parts.sample_tokens} = {tokens:,} tokens a step, {training.steps:,} steps, "
             f"{tokens * training.steps:,} tokens",
         ),
         ("data", training.dataset_path or training.dataset),

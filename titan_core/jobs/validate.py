@@ -11,16 +11,19 @@ import torch
 from titan_core.checkpoint import find_step, read_shared, tensor_index, verify
 from titan_core.config.load import Resolved
 from titan_core.config.schema import Data
+from titan_core.data.build import documents_of
 from titan_core.data.documents import IndexedDocuments, StreamedDocuments
 from titan_core.data.fixed_slice import FixedSlice
 from titan_core.data.lanes import LaneReader
+from titan_core.data.open_pictures import open_pictures
+from titan_core.data.samples import SampleReader
 from titan_core.data.sources import Stream, open_source
 from titan_core.data.tokenizer import load_tokenizer
-from titan_core.jobs.load import load_trained, model_of, tokenizer_of
+from titan_core.jobs.load import load_language, model_of, tokenizer_of
 from titan_core.jobs.stages import Report
 from titan_core.models import resolve
 from titan_core.nn.layers import set_compute_dtype
-from titan_core.runtime.errors import CheckpointError, TitanError
+from titan_core.runtime.errors import CheckpointError, DataError, TitanError
 from titan_core.runtime.events import Listener, Progress, silent
 from titan_core.tasks.causal_lm import CausalLM
 
@@ -50,7 +53,7 @@ def loss(
     listener: Listener = silent,
 ) -> LossResult:
     """Measure a checkpoint's loss on a data set: `embedded` (its held-out part), a name, or local files."""
-    trained = load_trained(checkpoint, device=device, dtype=torch.float32)
+    trained = load_language(checkpoint, device=device, dtype=torch.float32)
     where = next(trained.model.parameters()).device
     if where.type == "cuda":
         set_compute_dtype(trained.model, torch.bfloat16)
@@ -103,7 +106,10 @@ def checkpoint(path: str, *, world_size: int | None = None) -> Report:
         return report
     report.stage("undamaged", lambda: _undamaged(found["path"]))
     report.stage("model", lambda: _names_and_shapes(found["path"], found["shared"]))
-    report.stage("tokenizer", lambda: f"{tokenizer_of(found['path'], found['shared']).vocab_size:,} tokens")
+    if report.ok and model_of(found["shared"], found["path"])[0].task != "causal_lm":
+        report.skipped("tokenizer", "not a language model")
+    else:
+        report.stage("tokenizer", lambda: f"{tokenizer_of(found['path'], found['shared']).vocab_size:,} tokens")
     report.stage("resumable", lambda: _resumable(found["path"], found["shared"], world_size))
     return report
 
@@ -112,6 +118,8 @@ def data(resolved: Resolved, *, samples: int = 4, listener: Listener = silent) -
     """Check a config's data: reachable, known tokens, rows that lose nothing. Returns decoded samples too."""
     report, decoded, found = Report(), [], {}
     config = resolved.config
+    if resolve(config.model)[0].task == "flow_matching":
+        return _pictures(resolved, samples, listener)
 
     def opened() -> str:
         training = config.training
@@ -134,6 +142,34 @@ def data(resolved: Resolved, *, samples: int = 4, listener: Listener = silent) -
     if all(both):
         report.stage("rows", lambda: _rows(found["source"], found["tokenizer"], resolved, samples, decoded))
     return report, decoded
+
+
+def _pictures(resolved: Resolved, samples: int, listener: Listener) -> tuple[Report, list[str]]:
+    """Check pictures with captions: reachable, readable, large enough. Returns captions too."""
+    report, captions, found = Report(), [], {}
+    config, training = resolved.config, resolved.config.training
+
+    def opened() -> str:
+        found["source"] = open_pictures(
+            training.dataset, training.dataset_path, config.data,
+            size=training.img_size, validation=False, listener=listener,
+        )  # fmt: skip
+        return f"{len(found['source']):,} pictures" if hasattr(found["source"], "__len__") else "a stream"
+
+    def readable() -> str:
+        documents = documents_of(found["source"], 0, 1, False, lambda number: True, infinite=False)
+        reader, bad = SampleReader(documents, None, training.img_size, 1, {}), []
+        rows: list[Any] = [one.row for number in range(max(samples, 64)) if (one := reader.row(number))]
+        bad = [row for row in rows if row.problem is not None]
+        captions.extend(row.caption for row in rows[:samples])
+        if len(bad) == len(rows):
+            first = f": {bad[0].problem.reason} ({bad[0].problem.where})" if bad else ""
+            raise DataError(f"none of the first {len(rows)} can be used{first}", where="training.dataset")
+        return f"{len(rows) - len(bad)} of the first {len(rows)} can be used at {training.img_size} pixels"
+
+    if report.stage("reachable", opened):
+        report.stage("pictures", readable)
+    return report, captions
 
 
 def _undamaged(path: str) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from titan_core.config.checks import check, check_layout
 from titan_core.config.load import Resolved
 from titan_core.data.local_files import local_files
+from titan_core.data.open_pictures import NAMED as HUB_PICTURES
+from titan_core.data.open_pictures import NAMES as PICTURES
+from titan_core.data.open_pictures import open_pictures
 from titan_core.data.sources import NAMED, NAMES, open_source
 from titan_core.data.tokenizer import BUILT_IN_VOCAB, load_tokenizer
 from titan_core.estimation.flops import count_parameters
@@ -68,7 +71,11 @@ def _model(resolved: Resolved) -> str:
     config = resolved.config
     family, sizes = resolve(config.model)
     for section, length in (("training", config.training.seq_len), ("validation", config.validation.seq_len)):
-        if length > sizes.max_seq_len and (section == "training" or config.validation.enable):
+        if (
+            family.task == "causal_lm"
+            and length > sizes.max_seq_len
+            and (section == "training" or config.validation.enable)
+        ):
             message = f"`{section}.seq_len` {length} is longer than the model's max_seq_len, {sizes.max_seq_len}"
             tip = f"lower it, or --model.args.max_seq_len {length}"
             raise ConfigError([Problem(f"{section}.seq_len", message, tip=tip)])
@@ -78,6 +85,9 @@ def _model(resolved: Resolved) -> str:
 
 def _tokenizer(resolved: Resolved, known_model: bool) -> str:
     path = resolved.config.model.hf_assets_path
+    if known_model and resolve(resolved.config.model)[0].task != "causal_lm":
+        encoder = resolved.config.encoder
+        return f"those of the text encoders {encoder.t5_encoder} and {encoder.clip_encoder}"
     size = load_tokenizer(path).vocab_size if path else BUILT_IN_VOCAB
     text = f"{size:,} tokens" + (f" in {path}" if path else ", built in")
     vocab = resolve(resolved.config.model)[1].vocab_size if known_model else None
@@ -97,20 +107,32 @@ def _data(resolved: Resolved) -> str:
 def _data_set(name: str, path: str | None, resolved: Resolved, *, validation: bool) -> str:
     """Say what is there of a data set, without fetching it."""
     purpose = "validation on" if validation else "training on"
+    pictures = _pictures(resolved)
+    on_hub = name in (HUB_PICTURES if pictures else NAMED) or (name not in (*NAMES, *PICTURES) and "/" in name)
+    if not path and on_hub:
+        return f"{purpose} {name}, from the Hub (not fetched: `titan validate data`)"
+    if pictures:
+        size = resolved.config.training.img_size
+        found = open_pictures(name, path, resolved.config.data, size=size, validation=validation, listener=silent)
+        count = f"{len(found):,} pictures of" if hasattr(found, "__len__") else "a stream of"
+        return f"{purpose} {count} {path or name}"
     if path and name != "c4_test":
         files = local_files(path, f"{'validation' if validation else 'training'}.dataset_path")
-        size = sum(file.stat().st_size for file in files)
-        return f"{purpose} {len(files)} files in {path}, {size / 1e6:,.1f} MB"
-    if name in NAMED or (name not in NAMES and "/" in name):
-        return f"{purpose} {name}, from the Hub (not fetched: `titan validate data`)"
+        num_bytes = sum(file.stat().st_size for file in files)
+        return f"{purpose} {len(files)} files in {path}, {num_bytes / 1e6:,.1f} MB"
     open_source(name, path, resolved.config.data, validation=validation, listener=silent)
     return f"{purpose} {name}"
+
+
+def _pictures(resolved: Resolved) -> bool:
+    return not problems(resolved.config.model) and resolve(resolved.config.model)[0].task == "flow_matching"
 
 
 def _memory(resolved: Resolved, world_size: int) -> str:
     config = resolved.config
     family, sizes = resolve(config.model)
     blocks, layout = len(family.attentions(sizes)), Layout.of(config.parallelism, world_size)
-    memory = rank_memory(config, family.parameters(sizes), blocks, sizes.vocab_size, layout)
+    vocab, lengths = getattr(sizes, "vocab_size", 0), family.lengths(config)
+    memory = rank_memory(config, family.parameters(sizes), blocks, vocab, layout, lengths)
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in memory.parts().items())
     return f"about {memory.total / GIB:.2f} GiB a rank: {parts}"

@@ -16,6 +16,8 @@ from titan_core.runtime.errors import ConfigError, Problem
 
 FAMILIES = {
     "deepseek_v3": "titan_core.models.deepseek_v3",
+    "flux": "titan_core.models.flux",
+    "flux_autoencoder": "titan_core.models.flux_autoencoder",
     "llama3": "titan_core.models.llama3",
     "llama4": "titan_core.models.llama4",
     "qwen3": "titan_core.models.qwen3",

@@ -18,7 +18,7 @@ from titan_core.nn.planning import device_type, planning
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees besides causality, in the form that the device computes with.
+    """Which keys a query sees besides causality, in the form that the device computes with; not `causal`: every key.
 
     `dense` is a boolean (B, 1, T, S) for SDPA, `blocks` a flex BlockMask, `documents` (B, S) the numbers of which both
     were made. With none of them, attention is plain causal.
@@ -27,9 +27,10 @@ class Mask:
     dense: Tensor | None = None
     blocks: Any = None
     documents: Tensor | None = None
+    causal: bool = True
 
 
-CAUSAL = Mask()
+CAUSAL, FULL = Mask(), Mask(causal=False)
 
 
 def document_mask(documents_BS: Tensor, queries_T: Tensor) -> Mask:
@@ -98,6 +99,8 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask, scale:
     Queries are the last T of the S positions. The values may be wider or narrower than the keys. `scale` is
     1 / sqrt(C) if it is not given.
     """
+    if not mask.causal:
+        return full_attention(q_BTHC, k_BSKC, v_BSKC)
     if _trains_on_cpu(q_BTHC, k_BSKC, mask):
         return causal_attention(q_BTHC, k_BSKC, v_BSKC, scale)
     width = v_BSKC.shape[-1]
@@ -118,6 +121,12 @@ def attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, mask: Mask, scale:
     else:  # a single query, the newest, sees every key
         out = F.scaled_dot_product_attention(q, k, v, **how)
     return out.transpose(1, 2)
+
+
+def full_attention(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(C)) v as (B, T, H, C), where every query sees every key."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHC, k_BSKC, v_BSKC))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def _trains_on_cpu(q_BTHC: Tensor, k_BSKC: Tensor, mask: Mask) -> bool:

@@ -19,18 +19,21 @@ class CastLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, x_ND: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_ND, weight)
-        return F.linear(x_ND, weight.to(x_ND.dtype))
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.linear(x_ND, weight.to(x_ND.dtype), None if bias is None else bias.to(x_ND.dtype))
 
     @staticmethod
     def backward(ctx, grad_NF: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         grad_x = grad_NF @ weight.to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad_NF.flatten(0, -2).T @ x.flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_NF.flatten(0, -2).sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 class RMSNorm(torch.autograd.Function):

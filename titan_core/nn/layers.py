@@ -15,16 +15,17 @@ from titan_core.nn import ops
 
 
 class Linear(nn.Module):
-    """`x @ weight.T`, without bias; weight (out, in)."""
+    """`x @ weight.T`, plus a bias where there is one; weight (out, in)."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        return ops.linear(x_ND, self.weight, self.compute_dtype)
+        return ops.linear(x_ND, self.weight, self.compute_dtype, self.bias)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

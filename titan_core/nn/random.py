@@ -51,6 +51,23 @@ def fill_normal(
         block.copy_(_normal(_hash(index, key), bound) * std)
 
 
+def normal_rows(seed: int, name: str, rows_B: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal numbers (B, *shape), fp32, for samples of these numbers (int64), wherever each of them is
+    computed, and in whatever company."""
+    bits = _row_bits(seed, name, rows_B, math.prod(shape))
+    return _normal(bits, 1.0).view(-1, *shape)
+
+
+def uniform_rows(seed: int, name: str, rows_B: Tensor) -> Tensor:
+    """Return a number in (0, 1) for each sample, (B) fp32."""
+    return ((_row_bits(seed, name, rows_B, 1)[:, 0] >> 40) & ((1 << 23) - 1)).float().add_(0.5) / (1 << 23)
+
+
+def _row_bits(seed: int, name: str, rows_B: Tensor, count: int) -> Tensor:
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
+    return _hash(torch.arange(count, device=rows_B.device), _hash(rows_B, key)[:, None])
+
+
 def _column_index(out: Tensor, strides: list[int], offset: tuple[int, ...]) -> Tensor:
     """Return the flat positions, within one row of the full tensor, of the columns of the block."""
     first = 1 if out.dim() > 1 else 0
@@ -61,7 +78,7 @@ def _column_index(out: Tensor, strides: list[int], offset: tuple[int, ...]) -> T
     return index
 
 
-def _hash(index: Tensor, key: int) -> Tensor:
+def _hash(index: Tensor, key: int | Tensor) -> Tensor:
     """Return 64 well-mixed bits an index (splitmix64); int64 arithmetic wraps as unsigned does."""
     x = index * _GOLDEN + key
     for shift, multiplier in zip((30, 27), _MULTIPLIERS, strict=True):

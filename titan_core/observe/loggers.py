@@ -13,7 +13,7 @@ from typing import Any
 
 from titan_core.config.schema import Config
 from titan_core.runtime.errors import RemoteError, RunFailed, missing_extra
-from titan_core.runtime.events import Event, Saved, StepDone, Validated, Warned, as_dict
+from titan_core.runtime.events import Event, Sampled, Saved, StepDone, Validated, Warned, as_dict
 
 LOGGED = (StepDone, Validated, Saved, Warned)
 _BLOCK = 1 << 16
@@ -93,9 +93,12 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), max_queue=1000)
 
     def __call__(self, event: Event) -> None:
-        """Write the numbers of an event."""
+        """Write the numbers of an event, or its images."""
         for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, getattr(event, "step", 0))
+        if isinstance(event, Sampled):
+            for number, image in enumerate(event.images):
+                self._writer.add_image(f"samples/{number}", image, event.step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
@@ -138,7 +141,13 @@ class WandB:
         self._run.define_metric("*", step_metric="step")
 
     def __call__(self, event: Event) -> None:
-        """Log the numbers of an event."""
+        """Log the numbers of an event, or its images."""
+        if isinstance(event, Sampled):
+            import wandb
+
+            pairs = zip(event.images, event.captions, strict=True)
+            images = [wandb.Image(image, caption=caption) for image, caption in pairs]
+            self._run.log({"step": event.step, "samples": images})
         numbers = scalars(event)
         if numbers:
             self._run.log({"step": getattr(event, "step", 0), **numbers})
@@ -171,7 +180,8 @@ def open_loggers(config: Config, rank: int) -> list[Logger]:
 def scalars(event: Event) -> dict[str, float]:
     """Return an event's numbers by the names that torchtitan's dashboards know."""
     if isinstance(event, Validated):
-        return {"validation_metrics/loss": event.loss, "validation_metrics/seconds": event.seconds}
+        parts = {f"validation_metrics/loss {name}": value for name, value in event.parts.items()}
+        return {"validation_metrics/loss": event.loss, "validation_metrics/seconds": event.seconds, **parts}
     if not isinstance(event, StepDone):
         return {}
     numbers: dict[str, float | None] = {

@@ -23,24 +23,27 @@ _UNITS = {"bytes": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "TiB":
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(config: Config, rank: int) -> Iterator[None]:
-    """Turn an out-of-memory error of the block into a `RunFailed` with a report; never swallows it."""
+def explain_out_of_memory(config: Config, rank: int, *, images: bool = False) -> Iterator[None]:
+    """Turn an out-of-memory error of the block into a `RunFailed` with a report; never swallows it.
+
+    `images` says that samples have a size in pixels, not a length in tokens.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _report(config, rank, error) from error
+        raise _report(config, rank, error, images) from error
     except RuntimeError as error:
         if any(sign in str(error) for sign in _SIGNS):
-            raise _report(config, rank, error) from error
+            raise _report(config, rank, error, images) from error
         raise
 
 
-def _report(config: Config, rank: int, error: BaseException) -> RunFailed:
+def _report(config: Config, rank: int, error: BaseException, images: bool) -> RunFailed:
     on_host = isinstance(error, MemoryError) or "CPUAllocator" in str(error)
     on_gpu = not on_host and torch.cuda.is_available() and torch.cuda.is_initialized()
     where = _snapshot(config, rank, error, on_gpu)
     message = f"rank {rank} is out of memory{_place(error)}: {_asked(error)}; {_held(on_gpu)}"
-    return RunFailed(message, where=where, tip="cheaper: " + "; ".join(_cheaper(config, on_gpu)[:3]))
+    return RunFailed(message, where=where, tip="cheaper: " + "; ".join(_cheaper(config, on_gpu, images)[:3]))
 
 
 def _snapshot(config: Config, rank: int, error: BaseException, on_gpu: bool) -> str:
@@ -84,7 +87,7 @@ def _held(on_gpu: bool) -> str:
     return f"it holds {resident:.2f} GiB, {memory.available / GIB:.2f} of {memory.total / GIB:.2f} GiB are free"
 
 
-def _cheaper(config: Config, on_gpu: bool) -> list[str]:
+def _cheaper(config: Config, on_gpu: bool, images: bool) -> list[str]:
     """List settings that need less, those that do not change the result first."""
     training = config.training
     size = training.local_batch_size
@@ -96,6 +99,8 @@ def _cheaper(config: Config, on_gpu: bool) -> list[str]:
     ways.append("more ranks, over which FSDP shards")
     if on_gpu and not training.enable_cpu_offload:
         ways.append("--training.enable_cpu_offload")
-    if training.seq_len > 512:
+    if images:
+        ways.append(f"--training.img_size {training.img_size // 2}")
+    elif training.seq_len > 512:
         ways.append(f"--training.seq_len {training.seq_len // 2}")
     return ways

@@ -1,7 +1,8 @@
 """Context parallelism: each rank holds some tokens of every sequence, and attention brings their keys together.
 
-A sequence is cut into 2 n chunks for n ranks; rank r holds chunks r and 2n - 1 - r, so that under a causal mask all
-ranks have equal work. Three ways to attend, the same code on every device:
+A causal sequence is cut into 2 n chunks for n ranks; rank r holds chunks r and 2n - 1 - r, so that all ranks have equal
+work. Where every token sees every other, rank r holds the r-th of n pieces. Three ways to attend, the same code on
+every device:
 
 - `allgather`: every rank gathers all keys and values; each chunk of queries then meets the keys up to its own end.
 - `alltoall`: keys and values travel round the ring of ranks (Liu et al. 2023), and nobody ever holds them all.
@@ -50,9 +51,12 @@ class Cutter:
         self.size, self.rank, self.method = layout.cp, rank, method
 
     def __call__(self, batch: Any) -> Any:
-        """Return this rank's tokens and labels of a batch; document numbers stay whole, as keys are."""
+        """Return this rank's tokens and labels of a batch; document numbers stay whole, as keys are. A batch that has
+        rows of other kinds cuts itself."""
         if self.size == 1:
             return batch
+        if hasattr(batch, "piece"):
+            return batch.piece(self.rank, self.size)
         seq_len = batch.tokens.shape[1]
         mine = positions(seq_len, self.rank, self.size).to(batch.tokens.device)
         queries = torch.arange(seq_len, device=mine.device) if self.method == "heads" else mine
@@ -84,8 +88,11 @@ def _order(seq_len: int, size: int, device: torch.device) -> Tensor:
 
 def _gathered(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor]:
     def around(attend: Callable[..., Tensor], q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: Mask) -> Tensor:
-        back = _order(k_BTKC.shape[1] * size, size, k_BTKC.device).argsort()
-        k, v = (Gather.apply(x, _TOKENS, group)[:, back] for x in (k_BTKC, v_BTKC))
+        k, v = (Gather.apply(x, _TOKENS, group) for x in (k_BTKC, v_BTKC))
+        if not mask.causal:  # the order of keys that all are seen does not matter
+            return attend(q_BTHC, k, v, mask)
+        back = _order(k.shape[1], size, k.device).argsort()
+        k, v = k[:, back], v[:, back]
         if mask.blocks is not None:
             return attend(q_BTHC, k, v, mask)
         half = q_BTHC.shape[1] // 2
@@ -101,7 +108,7 @@ def _gathered(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor
 
 def _ring(group: ProcessGroup, rank: int, size: int, scale: float | None) -> Callable[..., Tensor]:
     def around(attend: Callable[..., Tensor], q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: Mask) -> Tensor:
-        held = [chunks(r, size) for r in range(size)]
+        held = [chunks(r, size) for r in range(size)] if mask.causal else None
         return ring_attention(q_BTHC, k_BTKC, v_BTKC, held, mask.documents, rank, group, scale)
 
     return around
@@ -109,9 +116,12 @@ def _ring(group: ProcessGroup, rank: int, size: int, scale: float | None) -> Cal
 
 def _by_heads(group: ProcessGroup, rank: int, size: int) -> Callable[..., Tensor]:
     def around(attend: Callable[..., Tensor], q_BTHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, mask: Mask) -> Tensor:
-        order = _order(k_BTKC.shape[1] * size, size, k_BTKC.device)
+        q, k, v = (_heads_to_tokens(x, group, size) for x in (q_BTHC, k_BTKC, v_BTKC))
+        if not mask.causal:
+            return _tokens_to_heads(attend(q, k, v, mask), group, size)
+        order = _order(k.shape[1], size, k.device)
         back = order.argsort()
-        q, k, v = (_heads_to_tokens(x, group, size)[:, back] for x in (q_BTHC, k_BTKC, v_BTKC))
+        q, k, v = q[:, back], k[:, back], v[:, back]
         return _tokens_to_heads(attend(q, k, v, mask)[:, order], group, size)
 
     return around

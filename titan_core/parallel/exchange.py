@@ -50,6 +50,19 @@ class Gather(torch.autograd.Function):
         return reduce_scatter(grad, ctx.dim, ctx.group), None, None
 
 
+class Whole(torch.autograd.Function):
+    """Parts to the whole; its gradient is the same on every rank, and each keeps that of its own part."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.tensor_split(ctx.group.size(), ctx.dim)[ctx.group.rank()], None, None
+
+
 class Wire(Protocol):
     """A narrow form in which a tensor travels, made with the largest magnitude of all ranks' parts."""
 

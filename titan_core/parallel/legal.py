@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_core.config.layout import Layout
+from titan_core.config.quantize import MULTIPLE
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
 from titan_core.estimation.memory import BYTES
@@ -22,6 +23,8 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_experts(config, layout, family, sizes),
         *_products(config, family, sizes),
         *_backend(config, layout),
+        *_quantized(config, layout, family),
+        *family.problems(config, sizes),
     ]
 
 
@@ -37,7 +40,12 @@ def _tensor(config: Config, layout: Layout, family: Family, sizes: Any) -> Itera
     for parameter in family.parameters(sizes):
         module = parameter.name.rpartition(".")[0]
         dim = family.sharding.split_dim(module)
-        if dim is None or not any(inside.values()) or parameter.role in ("embedding", "output"):
+        if (
+            dim is None
+            or len(parameter.shape) < -dim
+            or not any(inside.values())
+            or parameter.role in ("embedding", "output")
+        ):
             continue
         if parameter.shape[dim] % layout.tp:
             what = f"{parameter.shape[dim]} {'columns' if dim == -1 else 'rows'}"
@@ -45,7 +53,7 @@ def _tensor(config: Config, layout: Layout, family: Family, sizes: Any) -> Itera
             yield Problem(key, message, tip="choose a degree that divides it")
             return
     if config.parallelism.enable_sequence_parallel:
-        yield from _divides(config, layout.tp * layout.cp * (2 if layout.cp > 1 else 1), key)
+        yield from _divides(config, layout.tp * _pieces(layout, family, sizes), key, family)
 
 
 def _context(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
@@ -53,7 +61,7 @@ def _context(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
         return
     key = "parallelism.context_parallel_degree"
     if layout.tp == 1 or not config.parallelism.enable_sequence_parallel:
-        yield from _divides(config, 2 * layout.cp, key)
+        yield from _divides(config, _pieces(layout, family, sizes), key, family)
     windows = [a.window for a in family.attentions(sizes) if a.window is not None]
     masked = getattr(sizes, "attention_mask", "causal") == "block_causal"
     if windows and min(windows) < config.training.seq_len and not masked:
@@ -69,9 +77,17 @@ def _context(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
             )
 
 
-def _divides(config: Config, unit: int, key: str) -> Iterator[Problem]:
+def _pieces(layout: Layout, family: Family, sizes: Any) -> int:
+    """Return into how many pieces context parallelism cuts a sequence: two a rank if it is causal."""
+    causal = any(attention.causal for attention in family.attentions(sizes))
+    return layout.cp * 2 if layout.cp > 1 and causal else layout.cp
+
+
+def _divides(config: Config, unit: int, key: str, family: Family) -> Iterator[Problem]:
     lengths = {"training.seq_len": config.training.seq_len}
-    if config.validation.enable:
+    if family.task != "causal_lm":
+        lengths = {f"{kind} rows": n for kind, n in family.lengths(config).items() if kind != "sample"}
+    elif config.validation.enable:
         lengths["validation.seq_len"] = config.validation.seq_len
     for name, length in lengths.items():
         if length % unit:
@@ -84,6 +100,10 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
     if layout.pp == 1:
         return
     parallel, training = config.parallelism, config.training
+    if not family.sharding.first:
+        message = f"{family.name} is not cut into pipeline stages"
+        yield Problem("parallelism.pipeline_parallel_degree", message, tip="use fsdp, tensor or context parallelism")
+        return
     tied = [p for p in family.parameters(sizes) if p.tied_to is not None]
     if tied:
         message = f"{tied[0].name} is tied to {tied[0].tied_to}, and they would lie in different pipeline stages"
@@ -141,6 +161,18 @@ def _products(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:
                 f"{odd[0].name} is {odd[0].shape[1]} x {odd[0].shape[2]}, and `grouped_mm` wants multiples of {unit}"
             )
             yield Problem(key, message, tip="use `titan`, or `auto`")
+
+
+def _quantized(config: Config, layout: Layout, family: Family) -> Iterator[Problem]:
+    """Rows of every kind must fit the granule of quantized matmuls; those of tokens alone are looked at before."""
+    known = [name for name in config.model.converters if name in MULTIPLE]
+    if family.task == "causal_lm" or not known:
+        return
+    for kind, count in family.lengths(config).items():
+        rows = config.training.local_batch_size * count // layout.cp
+        if kind != "sample" and rows % MULTIPLE[known[0]]:
+            message = f"{rows} {kind} rows a microbatch, and {known[0]} needs a multiple of {MULTIPLE[known[0]]}"
+            yield Problem("training.local_batch_size", message, tip="choose another training.local_batch_size")
 
 
 def _backend(config: Config, layout: Layout) -> Iterator[Problem]:

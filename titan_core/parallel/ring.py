@@ -29,7 +29,7 @@ def ring_attention(
     q_BTHC: Tensor,
     k_BTKC: Tensor,
     v_BTKC: Tensor,
-    chunks: list[tuple[int, int]],
+    chunks: list[tuple[int, int]] | None,
     documents: Tensor | None,
     rank: int,
     group: ProcessGroup,
@@ -38,11 +38,11 @@ def ring_attention(
     """Return causal attention over the tokens of all ranks, (B, T, H, C), within documents where they are given.
 
     `chunks` are the numbers, in their order in a sequence, of the two chunks of T / 2 tokens that every rank holds;
-    `documents` (B, S) are those of all tokens.
+    None is not causal: all tokens see each other, whatever their order. `documents` (B, S) are those of all tokens.
     """
-    place = _Place(
-        chunks, documents, rank, group, k_BTKC.shape[2], q_BTHC.shape[2] // k_BTKC.shape[2], q_BTHC.shape[1] // 2
-    )
+    tokens, groups = q_BTHC.shape[1], q_BTHC.shape[2] // k_BTKC.shape[2]
+    half = tokens if chunks is None else tokens // 2
+    place = _Place(chunks, documents, rank, group, k_BTKC.shape[2], groups, half)
     return _Ring.apply(q_BTHC, k_BTKC, v_BTKC, place, scale or 1 / math.sqrt(q_BTHC.shape[-1]))
 
 
@@ -95,7 +95,7 @@ class _Ring(torch.autograd.Function):
 class _Place:
     """This rank's place in the ring, and which pieces of the keys its queries may meet."""
 
-    chunks: list[tuple[int, int]]
+    chunks: list[tuple[int, int]] | None
     documents: Tensor | None
     rank: int
     group: ProcessGroup
@@ -106,12 +106,12 @@ class _Place:
     @property
     def sources(self) -> list[int]:
         """Whose keys are here, step by step: first one's own."""
-        size = len(self.chunks)
+        size = self.group.size()
         return [(self.rank - step) % size for step in range(size)]
 
     def send(self, tensors: list[Tensor]) -> list[Tensor]:
         """Start to pass tensors on to the next rank, and return what comes from the one before, to be waited for."""
-        size = len(self.chunks)
+        size = self.group.size()
         following = [(rank + 1) % size for rank in range(size)]
         return [funcol.permute_tensor(x.flatten(), following, self.group) for x in tensors]
 
@@ -120,25 +120,27 @@ class _Place:
 
         A chunk's own keys come first, so that every row has seen something before the next piece is merged.
         """
+        if self.chunks is None:
+            yield from ((rows, cols, None) for rows, cols in self._blocks(0, 0, like))
+            return
         for mine, queries in enumerate(self.chunks[self.rank]):
             for theirs in (1, 0) if mine else (0, 1):
                 keys = self.chunks[source][theirs]
-                if keys <= queries:
-                    yield from self._blocks(mine, queries, theirs, keys, like)
+                if keys > queries:
+                    continue
+                key_positions = torch.arange(keys * self.half, (keys + 1) * self.half, device=like.device)
+                every = torch.arange(queries * self.half, (queries + 1) * self.half, device=like.device)
+                for rows, cols in self._blocks(mine, theirs, like):
+                    first, last = (edge // self.groups - mine * self.half for edge in (rows.start, rows.stop))
+                    yield rows, cols, self._hidden(every[first:last], key_positions, before=keys < queries)
 
-    def _blocks(
-        self, mine: int, queries: int, theirs: int, keys: int, like: Tensor
-    ) -> Iterator[tuple[slice, slice, Tensor | None]]:
-        """Cut a pair of chunks into blocks of queries, so that few scores exist at once."""
+    def _blocks(self, mine: int, theirs: int, like: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Cut a pair of chunks into blocks of queries, so that few scores exist at once: their rows, and the keys."""
         step = max(1, _SCORES // (like.shape[0] * self.groups * self.half))
         for start in range(0, self.half, step):
             stop = min(start + step, self.half)
             rows = slice((mine * self.half + start) * self.groups, (mine * self.half + stop) * self.groups)
-            cols = slice(theirs * self.half, (theirs + 1) * self.half)
-            first = queries * self.half
-            query_positions = torch.arange(first + start, first + stop, device=like.device)
-            key_positions = torch.arange(keys * self.half, (keys + 1) * self.half, device=like.device)
-            yield rows, cols, self._hidden(query_positions, key_positions, before=keys < queries)
+            yield rows, slice(theirs * self.half, (theirs + 1) * self.half)
 
     def _hidden(self, queries: Tensor, keys: Tensor, *, before: bool) -> Tensor | None:
         if self.documents is not None:

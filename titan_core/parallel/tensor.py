@@ -21,7 +21,17 @@ from torch.distributed.tensor import Shard
 
 from titan_core.declare.sharding import Sharding, matches, within
 from titan_core.nn.loss import IGNORE, LossAndSlope, loss_and_slope
-from titan_core.parallel.exchange import Enter, Gather, Leave, NarrowGather, Scatter, Wire, all_gather, all_reduce
+from titan_core.parallel.exchange import (
+    Enter,
+    Gather,
+    Leave,
+    NarrowGather,
+    Scatter,
+    Whole,
+    Wire,
+    all_gather,
+    all_reduce,
+)
 from titan_core.parallel.views import Passage, split, wrap_forward
 
 _TOKENS = 1  # the dimension of (B, T, D) along which the stream is split
@@ -29,13 +39,30 @@ _TOKENS = 1  # the dimension of (B, T, D) along which the stream is split
 
 @dataclass(frozen=True)
 class Stream:
-    """How the residual stream enters a region and leaves it."""
+    """How the residual stream begins, enters a region and leaves it, and ends.
+
+    Several streams (a tuple) travel together, as one tensor.
+    """
 
     group: ProcessGroup
     split: bool
 
-    def enter(self, x_BTD: Tensor, wire: Wire | None = None) -> Tensor:
+    def begin(self, x_BTD: Tensor) -> Tensor:
+        """Return this rank's part of rows that all ranks have; no gradient flows to them."""
+        return x_BTD.tensor_split(self.group.size(), _TOKENS)[self.group.rank()] if self.split else x_BTD
+
+    def end(self, x_BTD: Tensor) -> Tensor:
+        """Return what the stream became, whole; every rank does the same with it."""
+        return Whole.apply(x_BTD, _TOKENS, self.group) if self.split else x_BTD
+
+    def modulate(self, x_BM: Tensor) -> Tensor:
+        """Return a modulation of which each rank has some columns, whole, to be applied to its part of the stream."""
+        return (Gather if self.split else Whole).apply(x_BM, x_BM.dim() - 1, self.group)
+
+    def enter(self, x_BTD: Any, wire: Wire | None = None) -> Any:
         """Return the whole stream to a region; parts of it travel in the form of `wire`."""
+        if isinstance(x_BTD, tuple):
+            return self._together(x_BTD, lambda x: self.enter(x, wire), parts=1, becomes=self.group.size())
         if self.split and wire is not None:
             return NarrowGather.apply(x_BTD, _TOKENS, self.group, wire)
         return Gather.apply(x_BTD, _TOKENS, self.group) if self.split else Enter.apply(x_BTD, self.group)
@@ -44,9 +71,27 @@ class Stream:
         """Return a parameter that is the same on every rank, and whose gradients are partial sums."""
         return Enter.apply(parameter, self.group)
 
-    def leave(self, x_BTD: Tensor) -> Tensor:
+    def count_once(self, parameter: Tensor) -> Tensor:
+        """Return a parameter that is added to partial sums: zero to all ranks but the first."""
+        return self.add_gradients(parameter) * (self.group.rank() == 0)
+
+    def leave(self, x_BTD: Any) -> Any:
         """Add a region's partial sums and return them as the stream wants them."""
+        if isinstance(x_BTD, tuple):
+            return self._together(x_BTD, self.leave, parts=self.group.size(), becomes=1)
         return Scatter.apply(x_BTD, _TOKENS, self.group) if self.split else Leave.apply(x_BTD, self.group)
+
+    def _together(
+        self, streams: tuple[Tensor, ...], send: Callable[[Tensor], Tensor], *, parts: int, becomes: int
+    ) -> tuple[Tensor, ...]:
+        """Send streams as one: rank by rank, the rows of each; `parts` and `becomes` are how many ranks' rows there are
+        before and after."""
+        parts, becomes = (parts, becomes) if self.split else (1, 1)
+        by_rank = [x.unflatten(_TOKENS, (parts, -1)) for x in streams]
+        whole = send(torch.cat(by_rank, _TOKENS + 1).flatten(_TOKENS, _TOKENS + 1))
+        counts = [x.shape[_TOKENS + 1] for x in by_rank]
+        again = whole.unflatten(_TOKENS, (becomes, -1)).split(counts, _TOKENS + 1)
+        return tuple(x.flatten(_TOKENS, _TOKENS + 1) for x in again)
 
 
 def apply(
@@ -65,7 +110,11 @@ def apply(
     for name, module in model.named_modules():
         for parameter_name in list(module._parameters):
             dim = sharding.split_dim(name)
-            parts = dim is None and (sequence or within(name, sharding.regions))  # of tokens or heads, on each rank
+            if parameter_name == "bias" and matches(name, sharding.rows):
+                split(module, parameter_name, mesh, [None], stream.count_once)
+                continue
+            partial = sequence or within(name, (*sharding.regions, *sharding.conditions))
+            parts = dim is None and partial  # of tokens, heads or columns, on each rank
             split(module, parameter_name, mesh, [dim], stream.add_gradients if parts else lambda local: local)
         if isinstance(module, Passage):
             continue
@@ -75,6 +124,12 @@ def apply(
             wrap_forward(module, _region(stream, wires.get(name)))
         elif matches(name, sharding.closing):
             wrap_forward(module, lambda forward, x, stream=stream: stream.enter(forward(x)))
+        elif matches(name, sharding.openings):
+            wrap_forward(module, lambda forward, x, stream=stream: forward(stream.begin(x)))
+        elif matches(name, sharding.modulations):
+            wrap_forward(module, lambda forward, x, stream=stream: stream.modulate(forward(x)))
+        elif matches(name, sharding.outputs):
+            wrap_forward(module, lambda forward, *args, stream=stream: stream.end(forward(*args)))
 
 
 def _region(stream: Stream, wire: Wire | None) -> Callable[..., Tensor]:

@@ -56,9 +56,10 @@ class Float8Linear(QuantizedLinear[Arithmetic]):
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in the dtype in which a `Linear` would compute."""
         weight, dtype = self.weight, self.dtype
-        return matmul_with_hp_or_float8_args.apply(
+        product = matmul_with_hp_or_float8_args.apply(
             x_ND.to(dtype), weight.to(dtype).t(), self.arithmetic.matmuls, self.arithmetic.casts
         )
+        return self.add_bias(product)
 
     def gather_in_float8(self) -> None:
         """Make FSDP gather the weight in float8, a quarter or half of the bytes, with one scale for all ranks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from titan_core.nn.layers import Linear
 
@@ -29,6 +30,7 @@ class QuantizedLinear(Linear, Generic[Kind]):
         with torch.device("meta"):
             super().__init__(columns, rows)
         self.weight = layer.weight
+        self.bias = layer.bias
         self.compute_dtype = layer.compute_dtype
         self.arithmetic = arithmetic
 
@@ -36,6 +38,10 @@ class QuantizedLinear(Linear, Generic[Kind]):
     def dtype(self) -> torch.dtype:
         """The dtype in which a `Linear` would compute."""
         return self.compute_dtype or self.weight.dtype
+
+    def add_bias(self, product: Tensor) -> Tensor:
+        """Add the bias, if there is one, to what the matmul gave."""
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
     def extra_repr(self) -> str:
         """Show the sizes and the recipe."""

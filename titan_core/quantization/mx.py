@@ -59,4 +59,4 @@ class MXLinear(QuantizedLinear[Arithmetic]):
             x_ND.to(dtype).contiguous(), weight.to(dtype), e4m3, e4m3, e4m3, BLOCK,
             how.kernels, how.cast_rows, how.cast_columns, how.rounding, False,
         )  # fmt: skip
-        return y.to(dtype)  # the kernels give bf16
+        return self.add_bias(y.to(dtype))  # the kernels give bf16

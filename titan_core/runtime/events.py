@@ -5,7 +5,7 @@ Jobs emit events, the command line draws them, the JSON-lines log stores them. A
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,12 +68,23 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Validated:
-    """Loss on the validation slice: token-weighted mean over `tokens` targets."""
+    """Loss on the validation slice: token-weighted mean over `tokens` targets; `parts` are the means of parts of it."""
 
     step: int
     loss: float
     tokens: int
     seconds: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images that show what a model can do by now: files, captions, and pixels (height, width, 3) uint8 each."""
+
+    step: int
+    paths: list[str]
+    captions: list[str]
+    images: list[Any]
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Text:
     sequence: int = 0
 
 
-Event = Note | Warned | Planned | Phase | StepDone | Validated | Saved | Progress | Text
+Event = Note | Warned | Planned | Phase | StepDone | Validated | Sampled | Saved | Progress | Text
 Listener = Callable[[Event], None]
 
 

@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from titan_core.config.schema import Config
-from titan_core.data.build import build_train_loader
 from titan_core.data.loader import BatchLoader
-from titan_core.data.tokenizer import Tokenizer, load_tokenizer
 from titan_core.declare.family import Family
 from titan_core.models import resolve
-from titan_core.nn.loss import LossAndSlope, loss_and_slope
 from titan_core.optim.build import build_optimizer, set_lr
 from titan_core.parallel import data_parallel, legal, pipeline
 from titan_core.parallel.context import Cutter
@@ -24,15 +21,14 @@ from titan_core.parallel.materialise import materialise, stored_buffers
 from titan_core.parallel.mesh import Layout, Mesh
 from titan_core.parallel.parallelize import Parallel, Part, parallelize, parts_of
 from titan_core.parallel.pipeline import Pipeline
-from titan_core.parallel.stages import SPLIT_BACKWARD, last_stage_rank
-from titan_core.parallel.tensor import loss_over_parts
+from titan_core.parallel.stages import last_stage_rank
 from titan_core.quantization import convert, precompute_scales, wires
 from titan_core.runtime import determinism
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Listener, Note
-from titan_core.tasks.causal_lm import CausalLM
 from titan_core.training.balance import Balance, prepare, set_backend
+from titan_core.training.kinds import Kind, kind_of
 
 
 @dataclass
@@ -46,9 +42,9 @@ class Parts:
     sizes: Any
     seed: int
     global_batch: int
-    tokenizer: Tokenizer
+    kind: Kind
     models: list[nn.Module]
-    task: CausalLM
+    task: Any
     parallel: Parallel
     cutter: Cutter
     optimizer: torch.optim.Optimizer
@@ -56,6 +52,11 @@ class Parts:
     balance: Balance
     said: list[str]
     reports: list[Callable[[], str]]
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens that the run counts for one sample."""
+        return next(iter(self.family.lengths(self.config).values()))
 
     @property
     def microbatches(self) -> int:
@@ -100,25 +101,17 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     wrong = legal.problems(config, layout, family, sizes)
     if wrong:
         raise ConfigError(wrong)
-    tokenizer = load_tokenizer(config.model.hf_assets_path, listener)
-    _check_vocabulary(tokenizer, sizes)
+    kind = kind_of(config, family, sizes)
+    kind.open(world.device, seed, listener)
     rows = global_batch_size(config, layout, global_batch, listener)
     built = build_model(config, world, mesh, family, sizes, seed, rows)
     balance = prepare(built.models, family, sizes, config, mesh, rows)
     parameters = {name: p for model in built.models for name, p in model.named_parameters()}
     optimizer = build_optimizer(parameters, family.parameters(sizes), config.optimizer)
-    loader = build_train_loader(
-        config,
-        tokenizer,
-        global_batch_size=rows,
-        seed=seed,
-        dp_rank=mesh.dp_rank,
-        dp_size=layout.dp,
-        listener=listener,
-    )
+    loader = kind.loader(mesh, rows, listener)
     cutter = Cutter(layout, mesh.at["cp"], config.parallelism.context_parallel_rotate_method)
     return Parts(
-        config, world, mesh, family, sizes, seed, rows, tokenizer, built.models, built.task, built.parallel, cutter,
+        config, world, mesh, family, sizes, seed, rows, kind, built.models, built.task, built.parallel, cutter,
         optimizer, loader, balance, built.said, built.reports,
     )  # fmt: skip
 
@@ -128,7 +121,7 @@ class Built:
     """A laid-out model: its bare modules (one, or this rank's pipeline stages), the task, and how it runs."""
 
     models: list[nn.Module]
-    task: CausalLM
+    task: Any
     parallel: Parallel
     said: list[str]
     reports: list[Callable[[], str]]
@@ -149,7 +142,7 @@ class LaidOut:
 
 def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torch.device) -> LaidOut:
     """Build a model on the meta device and lay it out over a mesh."""
-    inner, said = _inner_loss(config, mesh, sizes)
+    make_task, said = kind_of(config, family, sizes).tasks(mesh)
     reports: list[Callable[[], str]] = []
     if config.parallelism.enable_async_tensor_parallel and config.compile.enable:  # a plan compiles nothing
         from titan_core.parallel import async_tensor  # the compiler: 1 s
@@ -160,9 +153,7 @@ def lay_out(config: Config, mesh: Mesh, family: Family, sizes: Any, device: torc
     for model, cut in parts_of(family, sizes, mesh, config):
         grouped = set_backend(model, config, device)
         quantized = convert(model, family, sizes, config, mesh.layout, device)
-        task = CausalLM(model, document_masks=_document_masks(sizes), inner_loss=inner)
-        task.backward_twice = cut is not None and config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
-        parts.append(Part(model, task, cut, wires(model, family, config)))
+        parts.append(Part(model, make_task(model, cut is not None), cut, wires(model, family, config)))
         stage, words = parallelize(parts[-1], family, mesh, config)
         laid.append(stage)
         precompute_scales(stage.module, config)
@@ -205,21 +196,6 @@ def join(config: Config, device: torch.device, mesh: Mesh, sizes: Any, laid: Lai
     )
 
 
-def _inner_loss(config: Config, mesh: Mesh, sizes: Any) -> tuple[LossAndSlope | None, list[str]]:
-    """Return the loss of a few rows of logits, where it is another than the plain one: compiled, or over parts of the
-    vocabulary; and words about it."""
-    inner: LossAndSlope | None = None
-    if mesh.layout.tp > 1:
-        inner = loss_over_parts(sizes.vocab_size, mesh.tp, gather=config.parallelism.disable_loss_parallel)
-    if config.compile.enable and "loss" in config.compile.components:
-        return torch.compile(inner or loss_and_slope, backend=config.compile.backend), ["compile the loss"]
-    return inner, []
-
-
-def _document_masks(sizes: Any) -> bool:
-    return getattr(sizes, "attention_mask", "causal") == "block_causal"
-
-
 def global_batch_size(config: Config, layout: Layout, resumed: int | None, listener: Listener) -> int:
     """Return the sequences a step: the config's, or those of the run that is resumed, or one microbatch a rank."""
     unit = config.training.local_batch_size * layout.dp
@@ -239,17 +215,3 @@ def global_batch_size(config: Config, layout: Layout, resumed: int | None, liste
             ]
         )
     return rows
-
-
-def _check_vocabulary(tokenizer: Tokenizer, sizes: Any) -> None:
-    if tokenizer.vocab_size > sizes.vocab_size:
-        raise ConfigError(
-            [
-                Problem(
-                    "model.args.vocab_size",
-                    f"the tokenizer knows {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}",
-                    tip=f"set `--model.args.vocab_size {-(-tokenizer.vocab_size // 64) * 64}`, "
-                    "or another model.hf_assets_path",
-                )
-            ]
-        )

@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from titan_core.config.schema import Config
-from titan_core.data.loader import Batch
 from titan_core.declare.family import Family
 from titan_core.nn.planning import plan_for
 from titan_core.observe.ledger import Key, Ledger
@@ -32,6 +31,7 @@ from titan_core.parallel.parallelize import find
 from titan_core.parallel.pipeline import most_in_flight
 from titan_core.parallel.stages import Cut
 from titan_core.training.build import LaidOut, join, lay_out
+from titan_core.training.kinds import Kind, kind_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def _plan_rank(
     )
     mesh = Mesh(layout, "cpu", rank)
     laid = lay_out(config, mesh, family, sizes, torch.device(device_type))
-    step = _Step(config, mesh, sizes, global_batch // (config.training.local_batch_size * layout.dp))
+    kind = kind_of(config, family, sizes)
+    step = _Step(config, mesh, kind, sizes, global_batch // (config.training.local_batch_size * layout.dp))
     ledger = Ledger(_axes(mesh))
     with plan_for(device_type), FakeTensorMode(allow_non_fake_inputs=True):
         for part in laid.parts:
@@ -141,8 +142,8 @@ class _Step:
     `kept` are the bytes that a microbatch leaves between forward and backward, by stage.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, sizes: Any, microbatches: int) -> None:
-        self.config, self.mesh, self.sizes = config, mesh, sizes
+    def __init__(self, config: Config, mesh: Mesh, kind: Kind, sizes: Any, microbatches: int) -> None:
+        self.config, self.mesh, self.kind, self.sizes = config, mesh, kind, sizes
         self.rows = config.training.local_batch_size
         self.count = microbatches
         if mesh.layout.pp > 1:
@@ -154,7 +155,7 @@ class _Step:
     def run(self, laid: LaidOut, ledger: Ledger) -> None:
         """Compute with whatever the tensors are."""
         method = self.config.parallelism.context_parallel_rotate_method
-        batch = Cutter(self.mesh.layout, self.mesh.at["cp"], method)(self._batch())
+        batch = Cutter(self.mesh.layout, self.mesh.at["cp"], method)(self.kind.blank(self.rows))
         for last in [False, True][-min(2, self.count) :]:
             for stage, part in zip(laid.stages, laid.parts, strict=True):
                 with stage.accumulate(last):
@@ -162,7 +163,7 @@ class _Step:
             if not last:
                 self._first = ledger.calls.copy(), ledger.bytes.copy()
 
-    def _forward_backward(self, module: nn.Module, cut: Cut | None, batch: Batch, ledger: Ledger) -> None:
+    def _forward_backward(self, module: nn.Module, cut: Cut | None, batch: Any, ledger: Ledger) -> None:
         before = ledger.sizes()
         if cut is None:
             out = module(batch)
@@ -183,12 +184,7 @@ class _Step:
             found[key] = ledger.calls[key] + repeated * calls, ledger.bytes[key] + repeated * size
         return found
 
-    def _batch(self) -> Batch:
-        shape = self.rows, self.config.training.seq_len
-        tokens = torch.zeros(shape, dtype=torch.int64)
-        return Batch(tokens, tokens.clone(), torch.zeros(shape, dtype=torch.int32))
-
-    def _stream(self, batch: Batch) -> Tensor:
+    def _stream(self, batch: Any) -> Tensor:
         """Return what the stage before would send."""
         split = self.mesh.layout.tp if self.config.parallelism.enable_sequence_parallel else 1
         rows, tokens = batch.tokens.shape

@@ -65,8 +65,7 @@ def snapshot(parts: Parts, progress: Progress, extra: dict[str, Any], *, model_o
         **extra,
     }
     own = {"rng": determinism.rng_state(parts.world.device)}
-    files = {f"tokenizer/{name}": content for name, content in parts.tokenizer.files().items()}
-    return Snapshot(tensors(parts, model_only=model_only), shared, own, files)
+    return Snapshot(tensors(parts, model_only=model_only), shared, own, dict(parts.kind.files()))
 
 
 def restore(parts: Parts, shared: dict[str, Any], own: dict[str, Any] | None, exclude: list[str]) -> Progress:

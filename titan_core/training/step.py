@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan_core.data.loader import Batch
 from titan_core.parallel.clip import clip_grad_norm
 from titan_core.parallel.stages import last_stage_rank
 from titan_core.training.build import Parts
@@ -28,14 +28,14 @@ class Outcome:
     targets: int
 
 
-def forward_backward(parts: Parts, read: Callable[[], Batch]) -> Outcome:
+def forward_backward(parts: Parts, read: Callable[[], Any]) -> Outcome:
     """Accumulate the gradient of the mean loss over all targets of all microbatches of all ranks, and clip it.
 
     The divisor is the global number of targets, known before the first backward; so padding, accumulation and ragged
     batches give the number that one process would give.
     """
     parts.optimizer.zero_grad(set_to_none=True)
-    batches = [parts.cutter(read().to(parts.world.device)) for _ in range(parts.microbatches)]
+    batches = [parts.cutter(parts.kind.prepare(read().to(parts.world.device))) for _ in range(parts.microbatches)]
     weight = torch.stack([parts.task.weight(batch) for batch in batches]).sum().float()
     total = _all_reduce(weight * parts.counts, parts)
     loss_sum = parts.parallel.forward_backward(batches, 1 / total.clamp(min=1))

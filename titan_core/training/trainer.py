@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from titan_core.checkpoint import Checkpointer
 from titan_core.config.schema import Checkpoint
-from titan_core.data.loader import Batch
 from titan_core.estimation.flops import flops_per_token
 from titan_core.observe.metrics import StepMeter
 from titan_core.observe.oom import explain_out_of_memory
@@ -63,12 +62,15 @@ class Trainer:
         self.last_saved: int | None = None
         self._validation_loss: float | None = None
         self._steps_to_skip = 0
+        self._reached_target = False
         self._meter = StepMeter(
             device=parts.world.device,
             world_size=parts.world.size,
             steps=config.training.steps,
             flops_per_token=flops_per_token(
-                parts.family.parameters(parts.sizes), parts.family.attentions(parts.sizes), config.training.seq_len
+                parts.family.parameters(parts.sizes),
+                parts.family.attentions(parts.sizes),
+                parts.family.lengths(config),
             ),
         )
 
@@ -89,7 +91,10 @@ class Trainer:
         stopped_by = None
         collector = GarbageCollector(config.training.gc_freq, config.training.gc_debug)
         stop = StopRequest(group, config.training.time_limit_minutes, self._unsaved_steps)
-        with stop, collector, self.profiler, explain_out_of_memory(config, self.parts.world.rank):
+        explained = explain_out_of_memory(
+            config, self.parts.world.rank, images=self.parts.family.task == "flow_matching"
+        )
+        with stop, collector, self.profiler, explained:
             self.profiler.before_first_step(self.progress.step)
             self._meter.begin()
             while self.progress.step < last and stopped_by is None:
@@ -108,7 +113,7 @@ class Trainer:
                 first = False
             if self.checkpointer is not None:
                 self.checkpointer.finish()
-                if self.progress.step >= config.training.steps and config.checkpoint.last_save_model_only:
+                if self._finished() and config.checkpoint.last_save_model_only:
                     self._export_weights()
         return self._result(stopped_by)
 
@@ -137,11 +142,11 @@ class Trainer:
             self.parts.update(lr)
         self._count(step, outcome, lr)
 
-    def _read(self) -> Batch:
+    def _read(self) -> Any:
         return next(self.parts.loader)
 
     def _count(self, step: int, outcome: Outcome, lr: float) -> None:
-        tokens = self.parts.global_batch * self.parts.config.training.seq_len
+        tokens = self.parts.global_batch * self.parts.sample_tokens
         self.progress.step = step
         self.progress.tokens += tokens
         self.progress.loss = outcome.loss
@@ -174,8 +179,14 @@ class Trainer:
         validated = self.validator.run(step, stop.agreed)
         if isinstance(validated, str):
             return validated
+        began = time.perf_counter()
+        self.validator.show(step)
         self._validation_loss = validated.loss
-        self._meter.pause(validated.seconds)
+        self._meter.pause(validated.seconds + time.perf_counter() - began)
+        target = self.parts.config.validation.target_loss
+        if target is not None and validated.loss <= target:
+            self._reached_target = True
+            return "validation.target_loss"
         return None
 
     # ------------------------------------------------------------------------------------------ saving
@@ -280,9 +291,12 @@ class Trainer:
             self.first_loss,
             self.progress.loss,
             path,
-            step >= self.parts.config.training.steps,
+            self._finished(),
             stopped_by,
         )
+
+    def _finished(self) -> bool:
+        return self._reached_target or self.progress.step >= self.parts.config.training.steps
 
 
 def restore_newest(trainer: Trainer, checkpoint: Checkpoint, step: int, listener: Listener) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from titan_core.data.build import build_validation_slice
 from titan_core.runtime.events import Listener, Validated
 from titan_core.training.build import Parts
 
@@ -19,13 +19,7 @@ class Validator:
     def __init__(self, parts: Parts, listener: Listener) -> None:
         self.parts = parts
         self.listener = listener
-        self.slice = build_validation_slice(
-            parts.config,
-            parts.tokenizer,
-            dp_rank=parts.mesh.dp_rank,
-            dp_size=parts.mesh.layout.dp,
-            listener=listener,
-        )
+        self.slice = parts.kind.validation(parts.mesh, listener)
 
     def due(self, step: int) -> bool:
         """Is this a step to validate at? The first, and every `validation.freq`-th."""
@@ -39,25 +33,42 @@ class Validator:
         """
         began = time.perf_counter()
         modules = self.parts.parallel.modules()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.parts.world.device)
-        reason = None
+        totals, reason = self._totals(modules, stopping)
+        if reason is not None:
+            return reason
+        totals = totals * self.parts.counts
+        if self.parts.world.size > 1:
+            dist.all_reduce(totals)
+        sums, weights = totals.tolist()
+        weight = sum(weights)
+        parts = self.parts.kind.parts_of_loss(sums, weights)
+        validated = Validated(step, sum(sums) / max(weight, 1.0), int(weight), time.perf_counter() - began, parts)
+        self.listener(validated)
+        return validated
+
+    @torch.no_grad()
+    def show(self, step: int) -> None:
+        """Show what the model can do by now, where there is something to show."""
+        modules = self.parts.parallel.modules()
+        for module in modules:
+            module.eval()
+        self.parts.kind.show(self.parts, step, self.listener)
+        for module in modules:
+            module.train()
+
+    def _totals(self, modules: Sequence[nn.Module], stopping: Callable[[], str | None]) -> tuple[Tensor, str | None]:
+        """Return sums of losses and weights, (2, parts that are told apart) fp64, and why it was given up."""
+        kind, device, reason = self.parts.kind, self.parts.world.device, None
+        totals = torch.zeros(2, 1, dtype=torch.float64, device=device)
         for module in modules:
             module.eval()
         for batch in self.slice:
-            batch = self.parts.cutter(batch.to(self.parts.world.device))
-            totals[0] += self.parts.parallel.evaluate(batch)
-            totals[1] += self.parts.task.weight(batch)
+            for prepared in map(self.parts.cutter, kind.for_validation(batch.to(device))):
+                loss, weight = self.parts.parallel.evaluate(prepared), self.parts.task.weight(prepared)
+                totals = totals + torch.stack((loss.double().reshape(-1), weight.double().reshape(-1)))
             reason = stopping()
             if reason is not None:
                 break
         for module in modules:
             module.train()
-        if reason is not None:
-            return reason
-        totals *= self.parts.counts
-        if self.parts.world.size > 1:
-            dist.all_reduce(totals)
-        loss, weight = totals.tolist()
-        validated = Validated(step, loss / max(weight, 1.0), int(weight), time.perf_counter() - began)
-        self.listener(validated)
-        return validated
+        return totals, reason
