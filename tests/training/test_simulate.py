@@ -13,6 +13,9 @@ from titan_core.config.load import Resolved, load
 from titan_core.jobs import plan
 
 INTENDED = {  # ranks
+    "flux_debug": 1,
+    "flux_dev": 8,
+    "flux_schnell": 8,
     "llama3_debugmodel": 1,
     "llama3_1b": 1,
     "llama3_8b": 8,
