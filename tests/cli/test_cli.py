@@ -409,13 +409,17 @@ def test_shown_config_can_be_read_again(name: str, tmp_path: Path, capsys) -> No
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_recipes_have_a_description_and_are_valid(name: str, capsys) -> None:
+def test_recipes_have_a_description_and_are_valid(name: str) -> None:
     from titan_core.config.checks import check
     from titan_core.config.load import load
 
     assert len(describe(recipes()[name])) > 10
     assert check(load(name)) == []
-    code, out, _ = apart(lambda: call("train", name, "--dry-run", "--nproc", "8", "--json", capsys=capsys))
+
+
+def test_plan_of_a_recipe_is_one_object(capsys) -> None:
+    words = ("train", "llama3_debugmodel", "--dry-run", "--nproc", "8", "--json")  # all are planned in tests of plans
+    code, out, _ = apart(lambda: call(*words, capsys=capsys))
     assert code == 0
     assert json.loads(out)["parameters"] > 1_000_000
 

@@ -160,11 +160,11 @@ def suggest(key: str) -> str | None:
     same_name = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if len(same_name) == 1:
         return same_name[0]
+    if last in sections():  # `training.compile`: a section, which is switched on or named elsewhere
+        return next((k for k in (f"{last}.enable", f"{last}.name") if k in known), None)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
         return near[0]
-    if last in sections():  # `training.compile`: a section, which is switched on or named elsewhere
-        return next((k for k in (f"{last}.enable", f"{last}.name") if k in known), None)
     in_section = {k.rsplit(".", 1)[-1]: k for k in known if k.startswith(section + ".")}
     for choice, cutoff in ((in_section, 0.6), ({k.rsplit(".", 1)[-1]: k for k in known}, 0.75)):
         with_words = [k for k in choice if set(last.split("_")) <= set(k.split("_"))]

@@ -13,12 +13,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from titan_core.runtime.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PLAN = "encoded.json"
 _EMPTY = "empty.safetensors"
@@ -136,6 +136,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 def write_samples(folder: Path, name: str, tensors: Mapping[str, Tensor], captions: list[str]) -> None:
     """Write a file of samples, whole or not at all."""
+    import torch  # not for checks of configs, which open data sets too
+
     texts = [caption.encode() for caption in captions]
     ends = torch.tensor([0, *itertools.accumulate(map(len, texts))], dtype=torch.int64)
     joined = torch.frombuffer(bytearray(b"".join(texts) or b"\0"), dtype=torch.uint8)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from titan_core.config.checks import check, check_layout
 from titan_core.config.load import Resolved
 from titan_core.data.local_files import local_files
-from titan_core.data.open_pictures import NAMED as HUB_PICTURES
-from titan_core.data.open_pictures import NAMES as PICTURES
-from titan_core.data.open_pictures import open_pictures
 from titan_core.data.sources import NAMED, NAMES, open_source
 from titan_core.data.tokenizer import BUILT_IN_VOCAB, load_tokenizer
 from titan_core.estimation.flops import count_parameters
@@ -19,6 +16,7 @@ from titan_core.parallel.mesh import Layout
 from titan_core.runtime.errors import ConfigError, DataError, Problem
 from titan_core.runtime.events import silent
 
+_NOT_FETCHED = "from the Hub (not fetched: `titan validate data`)"
 STAGES = ("keys and types", "rules", "layout", "model", "tokenizer", "data", "memory")
 
 
@@ -107,21 +105,27 @@ def _data(resolved: Resolved) -> str:
 def _data_set(name: str, path: str | None, resolved: Resolved, *, validation: bool) -> str:
     """Say what is there of a data set, without fetching it."""
     purpose = "validation on" if validation else "training on"
-    pictures = _pictures(resolved)
-    on_hub = name in (HUB_PICTURES if pictures else NAMED) or (name not in (*NAMES, *PICTURES) and "/" in name)
-    if not path and on_hub:
-        return f"{purpose} {name}, from the Hub (not fetched: `titan validate data`)"
-    if pictures:
-        size = resolved.config.training.img_size
-        found = open_pictures(name, path, resolved.config.data, size=size, validation=validation, listener=silent)
-        count = f"{len(found):,} pictures of" if hasattr(found, "__len__") else "a stream of"
-        return f"{purpose} {count} {path or name}"
+    if _pictures(resolved):
+        return f"{purpose} {_picture_set(name, path, resolved, validation=validation)}"
     if path and name != "c4_test":
         files = local_files(path, f"{'validation' if validation else 'training'}.dataset_path")
-        num_bytes = sum(file.stat().st_size for file in files)
-        return f"{purpose} {len(files)} files in {path}, {num_bytes / 1e6:,.1f} MB"
+        size = sum(file.stat().st_size for file in files)
+        return f"{purpose} {len(files)} files in {path}, {size / 1e6:,.1f} MB"
+    if name in NAMED or (name not in NAMES and "/" in name):
+        return f"{purpose} {name}, {_NOT_FETCHED}"
     open_source(name, path, resolved.config.data, validation=validation, listener=silent)
     return f"{purpose} {name}"
+
+
+def _picture_set(name: str, path: str | None, resolved: Resolved, *, validation: bool) -> str:
+    from titan_core.data import open_pictures as pictures  # numpy: 0.1 s
+
+    if not path and (name in pictures.NAMED or (name not in pictures.NAMES and "/" in name)):
+        return f"{name}, {_NOT_FETCHED}"
+    data, size = resolved.config.data, resolved.config.training.img_size
+    found = pictures.open_pictures(name, path, data, size=size, validation=validation, listener=silent)
+    count = f"{len(found):,} pictures of" if hasattr(found, "__len__") else "a stream of"
+    return f"{count} {path or name}"
 
 
 def _pictures(resolved: Resolved) -> bool:
