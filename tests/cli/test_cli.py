@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import apart
+from tests.training.test_simulate import INTENDED
 from titan_cli.main import run
 from titan_cli.overrides import split
 from titan_core.config.catalog import describe, recipes
@@ -415,7 +416,8 @@ def test_recipes_have_a_description_and_are_valid(name: str, capsys) -> None:
 
     assert len(describe(recipes()[name])) > 10
     assert check(load(name)) == []
-    code, out, _ = apart(lambda: call("train", name, "--dry-run", "--nproc", "8", "--json", capsys=capsys))
+    words = ("--nproc", str(max(8, INTENDED[name])), "--model.args.n_layers", "4")
+    code, out, _ = apart(lambda: call("train", name, "--dry-run", *words, "--json", capsys=capsys))
     assert code == 0
     assert json.loads(out)["parameters"] > 1_000_000
 

@@ -57,7 +57,7 @@ def flops_per_token(
     def rows(per: tuple[str, ...]) -> int:
         return sum(lengths[kind] for kind in per)
 
-    counted = [p for p in parameters if p.role in _MATMUL_ROLES or p.role in ("norm", "bias")]
+    counted = [p for p in parameters if p.trained and p.role in (*_MATMUL_ROLES, "norm", "bias")]
     work = sum(6 * p.numel * p.active * rows(p.per) for p in counted)
     for a in attentions:
         work += 6 * rows(a.per) * _keys(a, rows(a.per), causal) * a.num_heads * (a.qk_dim + a.v_dim)
