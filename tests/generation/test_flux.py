@@ -165,7 +165,7 @@ def test_an_image_carries_its_recipe(trained: Path, tmp_path: Path, capsys: pyte
         "--checkpoint",
         str(trained),
         "--prompt",
-        "größer als rot",
+        "größe: rot",
         "--seed",
         "7",
         "--num-images",
@@ -176,7 +176,7 @@ def test_an_image_carries_its_recipe(trained: Path, tmp_path: Path, capsys: pyte
     assert [(image["seed"], image["prompt"]) for image in told["images"]] == [(7, words[5]), (8, words[5])]
     image = Image.open(tmp_path / "0000-01.png")
     assert image.size == (32, 32)
-    assert image.text["prompt"] == "größer als rot"  # pyright: ignore[reportAttributeAccessIssue]
+    assert image.text["prompt"] == "größe: rot"  # pyright: ignore[reportAttributeAccessIssue]
     said = json.loads(image.text["titan"])  # pyright: ignore[reportAttributeAccessIssue]
     assert (said["seed"], said["steps"], said["width"], said["real_guidance"]) == (8, 2, 32, 3.0)
     image.load()  # every checksum
