@@ -12,6 +12,7 @@ from titan_core.config.schema import Config
 from titan_core.observe import memory
 from titan_core.observe.profiler import Profiler
 from titan_core.runtime.errors import ConfigError, RunFailed
+from titan_core.runtime.host_memory import peak_resident_bytes
 
 CPU = torch.device("cpu")
 
@@ -171,4 +172,4 @@ def test_largest_come_first() -> None:
     sizes = [row["bytes"] for row in found["largest"]]
     assert sizes == sorted(sizes, reverse=True)
     assert found["tensor_bytes"] >= sum(tensor.nbytes for tensor in kept)
-    assert found["resident_bytes"] <= memory.peak_resident_bytes() + (64 << 20)
+    assert found["resident_bytes"] <= peak_resident_bytes() + (64 << 20)

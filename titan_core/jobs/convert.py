@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from titan_core.jobs.partial import Partial
 from titan_core.runtime.disk import WriteBehind
 from titan_core.runtime.errors import CheckpointError, MachineError, UsageError
 from titan_core.runtime.events import Listener, Note, Planned, Progress, Warned, silent
-from titan_core.runtime.host_memory import keep_freed_memory
+from titan_core.runtime.host_memory import keep_freed_memory, peak_resident_bytes
 
 Route = Literal[
     "hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "bfl-to-dcp", "dcp-to-bfl", "dcp-to-torch", "hf-to-hf"
@@ -107,11 +106,11 @@ def run(
     ranks.agree(lambda: _check_space(partial.folder, total, say) if ranks.is_main else None, target)
     if options.dry_run:
         return Converted(
-            target, len(view.index), total, time.perf_counter() - began, None, 0, _peak_rss(), dry_run=True
+            target, len(view.index), total, time.perf_counter() - began, None, 0, peak_resident_bytes(), dry_run=True
         )
     kept, verify_seconds = _make(view, sink, partial, ranks, options.verify, listener)
     seconds = time.perf_counter() - began
-    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, _peak_rss())
+    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, peak_resident_bytes())
 
 
 def _make(
@@ -141,10 +140,6 @@ def _make(
         partial.release()
         raise
     return kept, verify_seconds
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _open(route: Route, source: str, options: Options) -> Opened:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,6 @@ import torch
 _LARGEST = 200
 _MAX_ENTRIES = 100_000
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def peak_resident_bytes() -> int:
-    """Return the most host memory that this process has held at once."""
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def live_tensors() -> dict[str, Any]:

@@ -9,8 +9,8 @@ import psutil
 import torch
 
 from titan_core.estimation.peaks import peak_flops
-from titan_core.observe.memory import peak_resident_bytes
 from titan_core.runtime.events import StepDone
+from titan_core.runtime.host_memory import peak_resident_bytes
 
 GIB = 1 << 30
 

@@ -1,9 +1,13 @@
-"""How the C library keeps freed memory, where training runs on the CPU."""
+"""Memory of this process on the host: the most it has held, and how the C library keeps what is freed."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import sys
+from pathlib import Path
+
+import psutil
 
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # from malloc.h
 
@@ -20,3 +24,18 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     wanted = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1))
     return all([mallopt(name, value) == 1 for name, value in wanted])  # all three, whatever the first says
+
+
+def peak_resident_bytes() -> int:
+    """Return the most host memory that this process has held at once."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the parent held when it started this process, too
+        found = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        if found:
+            return 1024 * found[0]
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
