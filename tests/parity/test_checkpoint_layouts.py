@@ -50,3 +50,13 @@ def test_goes_on_in(name: str, saved: Path, whole: list[float], tmp_path: Path) 
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     assert run(LAYOUTS[name], folder) == pytest.approx(whole[SAVED:], rel=1e-5)
+
+
+def test_what_is_saved_after_a_validation_is_the_same(whole: list[float], tmp_path: Path) -> None:
+    """FSDP leaves parameters gathered after a forward without a backward."""
+    layout = LAYOUTS["fsdp 2"]
+    validation = {"validation__enable": True, "validation__freq": SAVED, "validation__steps": 1}
+    changes = {**settings_of(layout, ODD), **validation, "training__steps": STEPS, "training__max_norm": 1.0}
+    resolved = tiny(tmp_path, **changes, checkpoint__enable=True, validation__seq_len=32)
+    assert losses(resolved, 2, until=SAVED) == pytest.approx(whole[:SAVED], rel=1e-5)
+    assert losses(resolved, 2) == pytest.approx(whole[SAVED:], rel=1e-5)

@@ -41,9 +41,17 @@ def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, devi
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that belong to what a model has learnt."""
-    trained = dict(model.named_parameters())
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in trained}
+    """Return the buffers that belong to what a model has learnt.
+
+    Not by `state_dict`, at which FSDP frees the parameters that a validation has left gathered: whoever holds those
+    would hold freed memory.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
 
 
 def count(tensors: Sequence[Tensor]) -> int:
