@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _STEPS = 8
@@ -27,12 +28,17 @@ def plan_for(device_type: str) -> Iterator[None]:
 
 def planning() -> bool:
     """Is this a plan, whose tensors hold no data?"""
-    return _PLANNED.get() is not None
+    return _planned() is not None
 
 
 def device_type(x: Tensor) -> str:
     """Return the type of the device that a tensor is on, or is planned for."""
-    return _PLANNED.get() or x.device.type
+    return _planned() or x.device.type
+
+
+def _planned() -> str | None:
+    """Return what is planned for. Nothing is compiled in a plan, and the compiler of torch 2.11 cannot ask."""
+    return None if torch.compiler.is_compiling() else _PLANNED.get()
 
 
 def step_of(step: int, total: int) -> int:
