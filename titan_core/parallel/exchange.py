@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 # torch 2.14 renamed them; the old names go when 2.13 is no longer supported
+_NEW_NAMES = hasattr(funcol, "all_gather_single")
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
 _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 
@@ -24,6 +25,9 @@ def arrived(x: Tensor) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Concatenate the ranks' parts along a dimension."""
+    if dim and not _NEW_NAMES and torch.compiler.is_compiling():
+        # torch 2.11 keeps its compiler out of the function with which it moves what was gathered to another dimension
+        return torch.cat(arrived(_all_gather(x.contiguous(), 0, group)).chunk(group.size()), dim)
     return arrived(_all_gather(x.contiguous(), dim, group))
 
 
