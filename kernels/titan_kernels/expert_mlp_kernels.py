@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
@@ -16,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_kernels import grouped_gemm_kernels as gemm
-from titan_kernels.grouped_gemm_kernels import GemmConfig, rows_block, tile_at, weight_block
+from titan_kernels.grouped_gemm_kernels import GemmConfig, planned_tile, rows_block, weight_block
 from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
 
 # By (major compute capability, bytes of an element). Untuned: never measured on a GPU. The forward tile has two
@@ -106,8 +105,8 @@ def gated_product(
     mapped = config.tensor_map and takes_tensor_map(w1_EFD, w3_EFD, *(() if gathered else (x,)))
     block = [1, config.block_n, config.block_k]
     _gated_product[(num_programs(x) * config.programs,)](
-        _operand(x, [config.block_m, config.block_k], mapped and not gathered),
-        _operand(w1_EFD, block, mapped), _operand(w3_EFD, block, mapped),
+        gemm.operand(x, [config.block_m, config.block_k], mapped and not gathered),
+        gemm.operand(w1_EFD, block, mapped), gemm.operand(w3_EFD, block, mapped),
         source_R if gathered else tiles, hidden, gate, up, tiles, width_n, width_k, num_experts, top_k,
         SAVE=save, GATHERED=gathered, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0,
         PRECISION=dot_precision(x), **gemm.blocks_of(config),
@@ -134,18 +133,14 @@ def gate_gradient(
         return grad_gate.zero_(), grad_up.zero_(), hidden.zero_(), partial.zero_().sum(1)
     mapped = config.tensor_map and takes_tensor_map(grad_RD, w2_EDF)
     _gate_gradient[(num_programs(grad_RD) * config.programs,)](
-        _operand(grad_RD, [config.block_m, config.block_k], mapped),
-        _operand(w2_EDF, [1, config.block_k, config.block_n], mapped),
+        gemm.operand(grad_RD, [config.block_m, config.block_k], mapped),
+        gemm.operand(w2_EDF, [1, config.block_k, config.block_n], mapped),
         gate_RF, up_RF, weights_R if weighted else gate_RF, grad_gate, grad_up, hidden, partial, tiles,
         width_n, width_k, num_experts,
         WEIGHTED=weighted, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(grad_RD),
         **gemm.blocks_of(config),
     )  # fmt: skip
     return grad_gate, grad_up, hidden, partial.sum(1)
-
-
-def _operand(x: Tensor, block: list[int], mapped: bool) -> Any:
-    return gemm.operand(x, block, mapped)
 
 
 @triton.jit
@@ -156,9 +151,7 @@ def _gated_product(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
-        entry = tiles_ptr + (1 + tile) * 4
-        expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
         gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -197,9 +190,7 @@ def _gate_gradient(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
-        entry = tiles_ptr + (1 + tile) * 4
-        expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

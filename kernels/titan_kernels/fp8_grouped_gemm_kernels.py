@@ -19,6 +19,7 @@ from titan_kernels.grouped_gemm_kernels import (
     blocks_of,
     operand,
     plan,
+    planned_tile,
     rows_block,
     tile_at,
     weight_block,
@@ -92,9 +93,7 @@ def _product(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
-        entry = tiles_ptr + (1 + tile) * 4
-        expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
         steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)

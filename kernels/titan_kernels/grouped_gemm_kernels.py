@@ -270,6 +270,14 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Return (expert, first row, end of the expert's rows, tile of columns) of the index-th tile of a plan."""
+    tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+    entry = tiles_ptr + (1 + tile) * 4
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), n
+
+
+@triton.jit
 def rows_block(
     x, rows, row, end, k, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN: tl.constexpr
 ):
@@ -312,9 +320,7 @@ def _product(
     tiles_m = tl.load(tiles_ptr)
     tiles_n = tl.cdiv(width_n, BLOCK_N)
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
-        entry = tiles_ptr + (1 + tile) * 4
-        expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
