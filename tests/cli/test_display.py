@@ -1,5 +1,6 @@
 """What a person sees of a run."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -174,3 +175,8 @@ def test_sparkline_keeps_the_ends() -> None:
     assert drawn[0] == "█"
     assert drawn[-1] == "▁"
     assert sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_a_step_of_experts_has_the_load_of_the_busiest_one() -> None:
+    event = dataclasses.replace(step(5), extra={"experts/max_load": 1.727})
+    assert "  experts 1.73x  " in step_line(event)
