@@ -138,15 +138,15 @@ class Load(nn.Module):
         return load_BE
 
 
-@torch.library.custom_op("titan::tally", mutates_args=("tally_E",))
-def tally(tally_E: Tensor, load_BE: Tensor) -> None:
-    """Add loads to a tally; not while a forward is recomputed in a backward, which has counted already."""
+@torch.library.custom_op("titan::tally", mutates_args=("counts_E",))
+def tally(counts_E: Tensor, more_BE: Tensor) -> None:
+    """Add to counts; not while a forward is recomputed in a backward, which has counted already."""
     if torch._C._current_graph_task_id() == -1:
-        tally_E += load_BE.sum(0)
+        counts_E += more_BE.sum(0)
 
 
 @tally.register_fake
-def _(tally_E: Tensor, load_BE: Tensor) -> None:
+def _(counts_E: Tensor, more_BE: Tensor) -> None:
     pass
 
 

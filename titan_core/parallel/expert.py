@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from titan_core.declare.sharding import Sharding, matches
+from titan_core.nn.moe import tally
 from titan_core.nn.planning import planning
 from titan_core.parallel.exchange import AllToAllUneven, Gather, Scatter, all_gather, all_reduce, all_to_all
 from titan_core.parallel.mesh import Mesh
@@ -51,7 +52,7 @@ def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, way: str, capacity: 
                     part, parameter_name, axes, [0, dim] if inner > 1 else [0], lambda local: Scaled.apply(local, share)
                 )
         if way != "alltoall":
-            module.register_buffer(DROPPED, torch.zeros((), dtype=torch.float32), persistent=False)
+            module.register_buffer(DROPPED, torch.zeros(1), persistent=False)
         if way == "allgather":
             wrap_forward(module, _gathered(module, group, size, rank, capacity))
         elif way == "symmetric":
@@ -144,7 +145,7 @@ def _pulled(module: Any, exchanges: Exchanges, size: int, capacity: float) -> Ca
         rows_RD = permute(x_ND, placement)
         exchange = exchanges.of(rows_RD, module.held, room)
         rows_CD, route = dispatch(exchange, rows_RD, placement.counts_E.view(size, -1), capacity=room)
-        module.get_buffer(DROPPED).add_((route.needed[0] - room).clamp(min=0))
+        tally(module.get_buffer(DROPPED), (route.needed[None] - room).clamp(min=0))
         return unpermute(combine(exchange, module.mlp(rows_CD, route.ends_E), route), placement, weights_NK)
 
     return around
@@ -158,7 +159,7 @@ def _gathered(module: Any, group: ProcessGroup, size: int, rank: int, capacity: 
         local_AK = all_gather(chosen_NK, 0, group) - rank * held  # those of others are dropped
         room = min(local_AK.numel(), math.ceil(capacity * chosen_NK.numel()))
         placement, lost = _within(place(local_AK, held), room)
-        module.get_buffer(DROPPED).add_(lost)
+        tally(module.get_buffer(DROPPED), lost[None, None])
         return Scatter.apply(module.visit(x_AD, placement, weights_AK), 0, group)
 
     return around

@@ -50,7 +50,7 @@ class Balance:
                 totals[number * experts : (number + 1) * experts] = router.tally_E
             router.tally_E.zero_()
         for rows in self.dropped:
-            totals[-1] += rows
+            totals[-1:] += rows
             rows.zero_()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(totals)
