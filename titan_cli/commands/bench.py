@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import typer
 
@@ -108,24 +110,39 @@ def convert(
     output.result("\n".join(lines), rows=[dataclasses.asdict(row) for row in rows])
 
 
+_ROUNDS = typer.Option(5, min=1, help="Turns of each, after one that is not counted.")
+_DTYPE = typer.Option("float32", help="Dtype of weights and computation.")
+
+
 @app.command(epilog="\b\nExample:\n  titan bench flux")
-def flux(
-    ctx: typer.Context,
-    rounds: int = typer.Option(5, min=1, help="Turns of each, after one that is not counted."),
-    dtype: Literal["float32", "bfloat16"] = typer.Option("float32", help="Dtype of weights and computation."),
-) -> None:
+def flux(ctx: typer.Context, rounds: int = _ROUNDS, dtype: Literal["float32", "bfloat16"] = _DTYPE) -> None:
     """Train and sample the Flux debug model on the CPU, beside diffusers with the same weights: CPU time."""
     no_flags(ctx)
-    output = output_of(ctx)
-    from titan_cli.display import Display
     from titan_core.jobs import bench_flux as job
 
+    _side_by_side(ctx, functools.partial(job.run, rounds=rounds, dtype=dtype))
+
+
+@app.command("moe-step", epilog="\b\nExample:\n  titan bench moe-step --dtype bfloat16")
+def moe_step(ctx: typer.Context, rounds: int = _ROUNDS, dtype: Literal["float32", "bfloat16"] = _DTYPE) -> None:
+    """Train DeepSeek's debug model on the CPU, beside transformers and a loop over the experts: CPU time."""
+    no_flags(ctx)
+    from titan_core.jobs import bench_moe_step as job
+
+    _side_by_side(ctx, functools.partial(job.run, rounds=rounds, dtype=dtype))
+
+
+def _side_by_side(ctx: typer.Context, run: Callable[..., Sequence[Any]]) -> None:
+    """Show rows of CPU time, and their ratio to titan's."""
+    output = output_of(ctx)
+    from titan_cli.display import Display
+
     with Display(output) as display:
-        rows = job.run(rounds=rounds, dtype=dtype, listener=display)
+        rows = run(listener=display)
     own = {row.work: row.cpu_seconds for row in rows if row.name == "titan"}
-    lines = [f"{'':<20}{'':<12}{'CPU s':>8}{'min':>8}{'max':>8}  ratio"]
+    lines = [f"{'':<20}{'':<20}{'CPU s':>8}{'min':>8}{'max':>8}  ratio"]
     lines += [
-        f"{row.work:<20}{row.name:<12}{row.cpu_seconds:>8.3f}{row.cpu_seconds_min:>8.3f}{row.cpu_seconds_max:>8.3f}"
+        f"{row.work:<20}{row.name:<20}{row.cpu_seconds:>8.3f}{row.cpu_seconds_min:>8.3f}{row.cpu_seconds_max:>8.3f}"
         f"  {row.cpu_seconds / own[row.work]:.2f}x"
         for row in rows
     ]
