@@ -158,11 +158,13 @@ def step_line(event: StepDone, columns: int | None = None) -> str:
         "mem": f"mem {event.memory_gib:.2f}G",
         "data": f"data {100 * event.data_share:.0f}%",
     }
+    if "mtp/loss_1" in event.extra:
+        parts["mtp"] = f"mtp {event.extra['mtp/loss_1']:.4f}"
     if "experts/max_load" in event.extra:  # of the busiest one, relative to the mean
         parts["experts"] = f"experts {event.extra['experts/max_load']:.2f}x"
     if event.eta_seconds is not None:
         parts["eta"] = f"eta {duration(event.eta_seconds)}"
-    for name in ("eta", "data", "lr", "experts", "mem", "grad", "speed"):
+    for name in ("eta", "data", "lr", "mtp", "experts", "mem", "grad", "speed"):
         if columns is not None and len("  ".join(parts.values())) > columns:
             parts.pop(name, None)
     return "  ".join(parts.values())

@@ -1,5 +1,8 @@
 """Counts of parameters and FLOPs against published numbers and closed forms."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from titan_core.declare.parameters import Attention, Normal, Parameter
@@ -73,11 +76,26 @@ def test_latent_attention_has_two_widths() -> None:
 def test_published_mixtures(name: str, flavor: str, active: int, layers: int, heads: int, widths: int) -> None:
     """What one token uses, with the embedding, is known of these models; attention has its closed form."""
     known = family(name)
-    sizes = known.flavors[flavor]
+    sizes = known.in_use(known.flavors[flavor])
     parameters = [p for p in known.parameters(sizes) if p.trained]
     assert sum(round(p.numel * p.active) for p in parameters) == active
     closed = 6 * (active - sizes.vocab_size * sizes.dim) + 6 * 4096 * layers * heads * widths
     assert flops_per_token(known.parameters(sizes), known.attentions(sizes), 4096) == pytest.approx(closed, rel=1e-9)
+
+
+def test_a_layer_that_predicts_a_further_token_costs_a_layer_a_projection_and_a_head() -> None:
+    known = family("deepseek_v3")
+    with_one = known.flavors["671B"]
+    without = known.in_use(with_one)
+
+    def flops(sizes: Any) -> float:
+        return flops_per_token(known.parameters(sizes), known.attentions(sizes), 4096)
+
+    shallower = dataclasses.replace(without, n_layers=60)
+    layer = flops(without) - flops(shallower)
+    dim, norms = with_one.dim, 3 * with_one.dim
+    more = layer + 6 * (dim * 2 * dim + dim * with_one.vocab_size + norms)
+    assert flops(with_one) == pytest.approx(flops(without) + more, rel=1e-9)
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 99])

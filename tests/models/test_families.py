@@ -79,7 +79,8 @@ def test_declared_parameters_are_those_of_the_module(name: str, flavor: str) -> 
         ("llama4", "17bx128e", 400_711_848_960),
         ("deepseek_v3", "16B", 15_706_484_224),
         ("deepseek_v3", "236B", 235_741_434_880),
-        ("deepseek_v3", "671B", 671_026_419_200 - 58 * 256),  # without the biases of scores, which are not trained
+        # what the published files hold in bf16 and float8, without the second copies of embedding and head
+        ("deepseek_v3", "671B", 684_489_830_400 - 2 * 129_280 * 7_168),
     ],
 )
 def test_published_sizes(name: str, flavor: str, count: int) -> None:
@@ -87,6 +88,15 @@ def test_published_sizes(name: str, flavor: str, count: int) -> None:
 
     known = family(name)
     assert count_parameters(known.parameters(known.flavors[flavor])).total == count
+
+
+def test_what_only_training_needs_is_not_in_use() -> None:
+    from titan_core.estimation.flops import count_parameters
+
+    known = family("deepseek_v3")
+    sizes = known.in_use(known.flavors["671B"])
+    # without the biases of scores, which are not trained
+    assert count_parameters(known.parameters(sizes)).total == 671_026_419_200 - 58 * 256
 
 
 def test_mixtures_in_odd_layers_are_refused_by_name(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Batch:
     """Rows of tokens (B, T) int64, what follows them (B, T) int64, -100 where nothing counts, and document numbers
     (B, T) int32, -1 for padding.
 
+    `tokens_ahead` and `labels_ahead` (B, T, K) are what layers of multi-token prediction are told and should predict.
     Where rows are cut, `documents` stay whole, `positions` (T) say which tokens of the rows these are, and `queries`
     which of them a mask is for; None is all, in order.
     """
@@ -44,6 +45,8 @@ class Batch:
     documents: Tensor
     positions: Tensor | None = None
     queries: Tensor | None = None
+    tokens_ahead: Tensor | None = None
+    labels_ahead: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move to a device without waiting for it."""

@@ -110,7 +110,7 @@ def parameters(sizes: Any, attention: AttentionParameters = grouped_query) -> tu
     table, head = (sizes.vocab_size, sizes.dim), Normal(sizes.dim**-0.5, cut=3.0)
     listed = [Parameter("tok_embeddings.weight", table, "embedding", head if sizes.tied else Normal(1.0))]
     for layer in range(sizes.n_layers):
-        listed += block(sizes, layer, attention)
+        listed += block(sizes, f"layers.{layer}", layer, attention)
     listed.append(Parameter("norm.weight", (sizes.dim,), "norm", Constant(1.0)))
     tied_to = "tok_embeddings.weight" if sizes.tied else None
     listed.append(Parameter("output.weight", table, "output", head, tied_to=tied_to))
@@ -130,19 +130,19 @@ def deviations(sizes: Any, layer: int) -> tuple[Normal, Normal]:
     return Normal(0.02), Normal(0.02 / (2 * depth) ** 0.5)
 
 
-def block(sizes: Any, layer: int, attention: AttentionParameters) -> Iterator[Parameter]:
-    """List the parameters of a block."""
-    prefix, one = f"layers.{layer}", Constant(1.0)
+def block(sizes: Any, prefix: str, layer: int, attention: AttentionParameters) -> Iterator[Parameter]:
+    """List the parameters of the block at a depth."""
+    one = Constant(1.0)
     yield Parameter(f"{prefix}.attention_norm.weight", (sizes.dim,), "norm", one)
     yield from attention(sizes, f"{prefix}.attention", *deviations(sizes, layer))
     yield Parameter(f"{prefix}.ffn_norm.weight", (sizes.dim,), "norm", one)
-    yield from mlp(sizes, layer)
+    yield from mlp(sizes, prefix, layer)
 
 
-def mlp(sizes: Any, layer: int) -> Iterator[Parameter]:
-    """List the parameters of a layer's MLP, or mixture of experts."""
+def mlp(sizes: Any, prefix: str, layer: int) -> Iterator[Parameter]:
+    """List the parameters of a block's MLP, or mixture of experts."""
     inner, residual = deviations(sizes, layer)
     if sizes.is_mixture(layer):
-        yield from experts.parameters(f"layers.{layer}.moe", sizes, inner, residual)
+        yield from experts.parameters(f"{prefix}.moe", sizes, inner, residual)
     else:
-        yield from experts.swiglu(f"layers.{layer}.feed_forward", sizes.dim, sizes.ffn_dim, inner, residual)
+        yield from experts.swiglu(f"{prefix}.feed_forward", sizes.dim, sizes.ffn_dim, inner, residual)

@@ -35,7 +35,8 @@ class Family:
 
     `task` is what the model is trained for, None if it only serves others. `lengths(config)` says how many rows of each
     kind one sample has in a run; the first kind are the tokens that the run counts.
-    `problems(config, sizes)` is what only the family knows to be wrong with a run.
+    `problems(config, sizes)` is what only the family knows to be wrong with a run. `in_use(sizes)` are the sizes of the
+    model without what only its training needs.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     task: Literal["causal_lm", "flow_matching"] | None = "causal_lm"
     lengths: Callable[[Config], Mapping[str, int]] = lambda config: {"token": config.training.seq_len}
     problems: Callable[[Config, Any], Sequence[Problem]] = lambda config, sizes: ()
+    in_use: Callable[[Any], Any] = lambda sizes: sizes
 
     def sizes(self, flavor: str, **changes: Any) -> Any:
         """Return the sizes of a flavor with some of them replaced."""

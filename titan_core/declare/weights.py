@@ -7,7 +7,7 @@ numbers come from the family's own parameter names. Every name on both sides mus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,7 +135,8 @@ class Weights:
     `model_types` are the values of `model_type` (transformers) or `_class_name` (diffusers) in a `config.json` that
     mean this family; `library` is who reads such folders. `read_config(config)` returns
     the sizes, or raises `UsageError` for an architecture that the family does not compute; `write_config(sizes)`
-    returns a `config.json` that transformers loads.
+    returns a `config.json` that transformers loads. `held(sizes, names)` returns the sizes without what a folder with
+    tensors of these names leaves out, though its config says that it is there.
     """
 
     model_types: tuple[str, ...]
@@ -145,3 +146,4 @@ class Weights:
     meta: Meta | None = None
     single: SingleFile | None = None
     library: Literal["transformers", "diffusers"] = "transformers"
+    held: Callable[[Any, Collection[str]], Any] = lambda sizes, names: sizes

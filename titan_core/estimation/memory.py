@@ -84,6 +84,7 @@ def rank_memory(
         1 if layout.pp == 1 else steps if config.parallelism.pipeline_parallel_schedule == "GPipe" else layout.pp
     )
     vocab = vocab_size // layout.tp
+    heads = sum(p.role == "output" for p in parameters)  # each use of a head leaves a gradient of it
     return Memory(
         weights=held,
         gradients=held + whole if offload else max(held, whole),
@@ -91,7 +92,7 @@ def rank_memory(
         gathered=gathered,
         activations=min(in_flight, steps)
         * _activations(config, num_held, compute * tokens * width // split, per_block),
-        logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab) + 4 * vocab * width,
+        logits=6 * min(_LOGITS_AT_ONCE, tokens * vocab) + 4 * vocab * width * heads,
         host=4 * held if offload else 0,
     )
 

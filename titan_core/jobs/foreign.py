@@ -292,7 +292,8 @@ def _identify_hf(opened: Opened) -> None:
         return
     if not config:
         raise UsageError("the folder has no config.json", where=opened.path, tip="--family and --flavor say what it is")
-    opened.sizes = weights_of(opened.family).read_config(config)
+    weights = weights_of(opened.family)
+    opened.sizes = weights.held(weights.read_config(config), opened.raw.index)
 
 
 def _said_type(config: Mapping[str, Any]) -> Any:

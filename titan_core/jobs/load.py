@@ -51,14 +51,15 @@ def load_language(path: str, *, device: str | torch.device | None = None, dtype:
 
 
 def load_trained(path: str, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Trained:
-    """Load a model with its sizes and tokenizer; see `load`."""
+    """Load a model with its sizes and tokenizer, but without what only its training needs; see `load`."""
     if foreign.kind_of(str(path)) != "dcp":
         return _load_foreign(str(path), device, dtype)
     step_path = find_step(str(path))
     shared = read_shared(step_path)
-    chosen, sizes = model_of(shared, step_path)
+    chosen, trained = model_of(shared, step_path)
+    sizes = chosen.in_use(trained)
     model = _empty(chosen, sizes, device, dtype)
-    load_tensors(step_path, _tensors(model))
+    load_tensors(step_path, _tensors(model), strict=sizes == trained)
     return Trained(model, chosen, sizes, tokenizer_of(step_path, shared), step_path, shared)
 
 
@@ -66,13 +67,14 @@ def _load_foreign(path: str, device: str | torch.device | None, dtype: torch.dty
     """Load weights that are not titan's own; they are read region by region into the model."""
     opened = foreign.open_weights(path)
     chosen = opened.known_family()
-    model = _empty(chosen, opened.sizes, device, dtype)
+    sizes = chosen.in_use(opened.sizes)
+    model = _empty(chosen, sizes, device, dtype)
     fill(opened.ours, _tensors(model))
     try:
         tokenizer = load_tokenizer(path)
     except DataError:
         tokenizer = load_tokenizer("")  # weights alone can be called with tokens
-    return Trained(model, chosen, opened.sizes, tokenizer, path, foreign.shared_of(opened))
+    return Trained(model, chosen, sizes, tokenizer, path, foreign.shared_of(opened))
 
 
 def _empty(chosen: Family, sizes: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> nn.Module:

@@ -60,13 +60,9 @@ class Cutter:
         seq_len = batch.tokens.shape[1]
         mine = positions(seq_len, self.rank, self.size).to(batch.tokens.device)
         queries = torch.arange(seq_len, device=mine.device) if self.method == "heads" else mine
-        return dataclasses.replace(
-            batch,
-            tokens=batch.tokens[:, mine],
-            labels=batch.labels[:, mine],
-            positions=mine,
-            queries=queries,
-        )
+        rows = ("tokens", "labels", "tokens_ahead", "labels_ahead")
+        cut = {name: x[:, mine] for name in rows if (x := getattr(batch, name)) is not None}
+        return dataclasses.replace(batch, **cut, positions=mine, queries=queries)
 
 
 def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, method: str) -> None:

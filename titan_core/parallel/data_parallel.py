@@ -56,15 +56,15 @@ class DataParallel:
             yield
 
     def forward_backward(self, batches: Sequence[Any], scale: Tensor) -> Tensor:
-        """Add the gradients of scale times the sum of all losses, over all data ranks; return this rank's sum, fp32.
+        """Add the gradients of scale times the sum of all losses, over all data ranks; return this rank's sums, fp32.
 
         Gradients are averaged over ranks while a loss is a sum: hence the factor.
         """
-        total = torch.zeros((), device=scale.device)
+        total = torch.zeros_like(scale)
         for index, batch in enumerate(batches):
             with self.accumulate(last=index == len(batches) - 1):
                 loss = self.module(batch)
-                (loss * (scale * self.degree)).backward()
+                (loss * (scale * self.degree)).sum().backward()
             total += loss.detach()
         return total
 

@@ -133,6 +133,19 @@ class Leave(torch.autograd.Function):
         return grad, None
 
 
+class Scaled(torch.autograd.Function):
+    """The same tensor; its gradient is scaled."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad * ctx.scale, None
+
+
 class AllToAll(torch.autograd.Function):
     """Rank r's i-th part along dim 0 goes to rank i; the gradients go back."""
 

@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 from titan_core.declare.sharding import Sharding, matches
 from titan_core.nn.moe import tally
 from titan_core.nn.planning import planning
-from titan_core.parallel.exchange import AllToAllUneven, Gather, Scatter, all_gather, all_reduce, all_to_all
+from titan_core.parallel.exchange import AllToAllUneven, Gather, Scaled, Scatter, all_gather, all_reduce, all_to_all
 from titan_core.parallel.mesh import Mesh
 from titan_core.parallel.views import split, wrap_forward
 
@@ -39,6 +39,7 @@ def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, way: str, capacity: 
     """Split the experts of a model on the meta device, each also by tensor parallelism where the layout says so."""
     inner = mesh.layout.expert_tp
     axes = mesh.experts["ep", "expert_tp"] if inner > 1 else mesh.experts["ep"]
+    # gradients of experts are sums over the tokens of all data ranks, and averaged over those alone that share them
     share = mesh.layout.expert_fsdp / mesh.layout.fsdp
     group, size, rank = mesh.experts["ep"].get_group(), mesh.layout.ep, mesh.experts["ep"].get_local_rank()
     exchanges = Exchanges(group)
@@ -59,24 +60,6 @@ def apply(model: nn.Module, sharding: Sharding, mesh: Mesh, way: str, capacity: 
             wrap_forward(module, _pulled(module, exchanges, size, capacity))
         else:
             wrap_forward(module, _sent(module, group, size))
-
-
-class Scaled(torch.autograd.Function):
-    """The same tensor; its gradient is scaled.
-
-    Gradients of experts are sums over the tokens of all data ranks, and averaged over those alone that share them.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: float) -> Tensor:
-        """Return the tensor."""
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return its gradient, scaled."""
-        return grad * ctx.scale, None
 
 
 def count_whole_sequences(model: nn.Module, sharding: Sharding, group: ProcessGroup) -> None:

@@ -107,7 +107,7 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
     tied = [p for p in family.parameters(sizes) if p.tied_to is not None]
     if tied:
         message = f"{tied[0].name} is tied to {tied[0].tied_to}, and they would lie in different pipeline stages"
-        tip = "set pipeline_parallel_degree to 1, or untie them (`--model.args.tied false`)"
+        tip = f"set pipeline_parallel_degree to 1, or untie them (`--model.args.{tied[0].untied_by}`)"
         yield Problem("parallelism.pipeline_parallel_degree", message, tip=tip)
     rows = parallel.pipeline_parallel_microbatch_size
     lengths = {"training.local_batch_size": training.local_batch_size}

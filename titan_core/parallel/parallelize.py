@@ -29,7 +29,8 @@ class Parallel(Protocol):
     """A laid-out model, whole or in stages."""
 
     def forward_backward(self, batches: Sequence[Any], scale: Tensor) -> Tensor:
-        """Add the gradients of scale times the sum of all losses; return this rank's sum of losses, fp32."""
+        """Add the gradients of scale times the sum of all losses; return this rank's sum of losses, fp32, (P) as
+        `scale`: one for each part of the task's loss."""
         ...
 
     def evaluate(self, batch: Any) -> Tensor:

@@ -89,7 +89,7 @@ class Pipeline:
         """Do what `DataParallel.forward_backward` does; ranks without the last stage return 0."""
         micro = [piece for batch in batches for piece in split_rows(batch, self.micro_rows)]
         self.scale = scale * self.degree
-        self.total = torch.zeros((), device=scale.device)
+        self.total = torch.zeros_like(scale)
         for pipe in self.pipes:
             pipe.has_backward = True
             pipe.clear_runtime_states()
@@ -104,7 +104,7 @@ class Pipeline:
         """Note the loss of a microbatch, and return what its backward begins with."""
         assert self.total is not None
         assert self.scale is not None
-        self.total += output.detach()[0]
+        self.total += output.detach()
         return output * self.scale
 
     def evaluate(self, batch: Any) -> Tensor:

@@ -26,6 +26,7 @@ from titan_core.parallel.exchange import (
     Gather,
     Leave,
     NarrowGather,
+    Scaled,
     Scatter,
     Whole,
     Wire,
@@ -48,8 +49,12 @@ class Stream:
     split: bool
 
     def begin(self, x_BTD: Tensor) -> Tensor:
-        """Return this rank's part of rows that all ranks have; no gradient flows to them."""
+        """Return this rank's part of rows that all ranks have; the gradients of other parts are 0."""
         return x_BTD.tensor_split(self.group.size(), _TOKENS)[self.group.rank()] if self.split else x_BTD
+
+    def resume(self, x_BTD: Tensor) -> Tensor:
+        """Return this rank's part of a stream that was made whole; the ranks' gradients of it will be added."""
+        return self.begin(x_BTD) if self.split else Scaled.apply(x_BTD, 1 / self.group.size())
 
     def end(self, x_BTD: Tensor) -> Tensor:
         """Return what the stream became, whole; every rank does the same with it."""
@@ -126,6 +131,8 @@ def apply(
             wrap_forward(module, lambda forward, x, stream=stream: stream.enter(forward(x)))
         elif matches(name, sharding.openings):
             wrap_forward(module, lambda forward, x, stream=stream: forward(stream.begin(x)))
+        elif matches(name, sharding.resuming):
+            wrap_forward(module, lambda forward, x, stream=stream: forward(stream.resume(x)))
         elif matches(name, sharding.modulations):
             wrap_forward(module, lambda forward, x, stream=stream: stream.modulate(forward(x)))
         elif matches(name, sharding.outputs):

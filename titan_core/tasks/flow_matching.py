@@ -61,6 +61,7 @@ class FlowMatching(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.factors = {"loss": 1.0}
 
     def forward(self, batch: FlowBatch) -> Tensor:
         """Return the sum over image rows of the mean squared error of a row, fp32: a scalar, or (K) by time where the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from titan_core.parallel.stages import SPLIT_BACKWARD
 from titan_core.parallel.tensor import loss_over_parts
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Listener
-from titan_core.tasks.causal_lm import CausalLM
+from titan_core.tasks.causal_lm import CausalLM, ahead
 
 if TYPE_CHECKING:
     from titan_core.training.build import Parts
@@ -29,6 +30,7 @@ class Language:
 
     def __init__(self, config: Config, sizes: Any) -> None:
         self.config, self.sizes = config, sizes
+        self.mtp_layers: int = getattr(sizes, "num_mtp_layers", 0)
         self.tokenizer: Tokenizer | None = None
         self.seed = 0
 
@@ -37,10 +39,13 @@ class Language:
         inner, said = self._inner_loss(mesh)
         masks = getattr(self.sizes, "attention_mask", "causal") == "block_causal"
         twice = self.config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+        weight = self.config.training.mtp_loss_weight
 
         def make(model: nn.Module, staged: bool) -> nn.Module:
             task = CausalLM(model, document_masks=masks, inner_loss=inner)
             task.backward_twice = staged and twice
+            if self.mtp_layers:
+                task.look_ahead(self.mtp_layers, weight)
             return task
 
         return make, said
@@ -59,7 +64,7 @@ class Language:
         """Return a batch of zeros."""
         shape = rows, self.config.training.seq_len
         tokens = torch.zeros(shape, dtype=torch.int64)
-        return Batch(tokens, tokens.clone(), torch.zeros(shape, dtype=torch.int32))
+        return self.prepare(Batch(tokens, tokens.clone(), torch.zeros(shape, dtype=torch.int32)))
 
     def open(self, device: torch.device, seed: int, listener: Listener) -> None:
         """Load the tokenizer; it must fit the model's vocabulary."""
@@ -90,8 +95,11 @@ class Language:
         )
 
     def prepare(self, batch: Batch) -> Batch:
-        """Return the batch as it is."""
-        return batch
+        """Return the batch, with what layers of multi-token prediction want of it: here rows are still whole."""
+        if not self.mtp_layers:
+            return batch
+        told, wanted = ahead(batch.tokens, batch.labels, batch.documents, self.mtp_layers)
+        return dataclasses.replace(batch, tokens_ahead=told, labels_ahead=wanted)
 
     def validation(self, mesh: Mesh, listener: Listener) -> Iterable[Batch]:
         """Return the validation slice."""
@@ -101,7 +109,7 @@ class Language:
         )
 
     def for_validation(self, batch: Batch) -> Iterable[Batch]:
-        """Return the batch as it is."""
+        """Return the batch as it is: only the loss of the next token is measured."""
         return (batch,)
 
     def parts_of_loss(self, sums: list[float], weights: list[float]) -> Mapping[str, float]:

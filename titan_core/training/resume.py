@@ -29,6 +29,7 @@ DECISIVE = (
     "encoder.*",
     "flow_matching.*",
     "training.max_norm",
+    "training.mtp_loss_weight",
     "training.dtype",
     "training.mixed_precision_param",
     "training.mixed_precision_reduce",

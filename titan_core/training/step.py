@@ -19,51 +19,57 @@ from titan_core.training.build import Parts
 class Outcome:
     """What a step's forward and backward gave; all numbers are global.
 
-    `loss` is the mean over all targets (nats), `max_loss` the largest mean of a data rank, `targets` how many counted.
+    `loss` is the mean over all targets (nats), `max_loss` the largest mean of a data rank, `targets` how many counted;
+    `further` are the means of the other parts of the task's loss, by name.
     """
 
     loss: float
     max_loss: float
     grad_norm: float
     targets: int
+    further: dict[str, float]
 
 
 def forward_backward(parts: Parts, read: Callable[[], Any]) -> Outcome:
     """Accumulate the gradient of the mean loss over all targets of all microbatches of all ranks, and clip it.
 
     The divisor is the global number of targets, known before the first backward; so padding, accumulation and ragged
-    batches give the number that one process would give.
+    batches give the number that one process would give. A loss of several parts has a divisor and a factor for each.
     """
     parts.optimizer.zero_grad(set_to_none=True)
     batches = [parts.cutter(parts.kind.prepare(read().to(parts.world.device))) for _ in range(parts.microbatches)]
-    weight = torch.stack([parts.task.weight(batch) for batch in batches]).sum().float()
-    total = _all_reduce(weight * parts.counts, parts)
-    loss_sum = parts.parallel.forward_backward(batches, 1 / total.clamp(min=1))
+    weights = torch.stack([parts.task.weight(batch).reshape(-1) for batch in batches]).sum(0).float()
+    totals = _all_reduce(weights * parts.counts, parts)
+    factors = totals.new_tensor(list(parts.task.factors.values()))
+    sums = parts.parallel.forward_backward(batches, factors / totals.clamp(min=1))
     parts.balance.collect()
     stages = parts.mesh.pp_group if parts.mesh.layout.pp > 1 else None
     norm = clip_grad_norm(parts.parameters.values(), parts.config.training.max_norm, stages)
-    return _agree(loss_sum, weight, norm, parts)
+    return _agree(sums, weights, norm, parts)
 
 
-def _agree(loss_sum: Tensor, weight: Tensor, norm: Tensor, parts: Parts) -> Outcome:
-    """Gather every rank's sum and weight in one collective, and bring the numbers to the host.
+def _agree(sums: Tensor, weights: Tensor, norm: Tensor, parts: Parts) -> Outcome:
+    """Gather every rank's sums and weights in one collective, and bring the numbers to the host.
 
     This waits for the device once a step, before the update: what goes into the weights must be known to be finite.
     """
-    mine = torch.stack((loss_sum, weight, norm.to(loss_sum.device)))
+    mine = torch.cat((sums, weights, norm.to(sums.device)[None]))
     everyone = mine[None]
     if parts.world.size > 1:
-        everyone = mine.new_empty(parts.world.size, 3)
+        everyone = mine.new_empty(parts.world.size, len(mine))
         dist.all_gather(list(everyone.unbind()), mine)
-    sums, weights, norms = everyone.double().cpu().unbind(1)
+    count = len(sums)
+    every_sums, every_weights, norms = everyone.double().cpu().split((count, count, 1), 1)
     layout = parts.mesh.layout
     stage = last_stage_rank(parts.config.parallelism)
-    sums, weights = (  # of the ranks whose loss counts, those of pieces of one sequence added
-        x.view(layout.pp, layout.dp, layout.cp, layout.tp)[stage, :, :, 0].sum(-1) for x in (sums, weights)
+    by_rank, weighed = (  # of the ranks whose loss counts, those of pieces of one sequence added
+        x.view(layout.pp, layout.dp, layout.cp, layout.tp, count)[stage, :, :, 0].sum(1)
+        for x in (every_sums.contiguous(), every_weights.contiguous())
     )
-    means = sums / weights.clamp(min=1)
-    loss = (sums.sum() / weights.sum().clamp(min=1)).item()
-    return Outcome(loss, means.max().item(), norms[0].item(), int(weights.sum().item()))
+    means = by_rank[:, 0] / weighed[:, 0].clamp(min=1)
+    losses = dict(zip(parts.task.factors, (by_rank.sum(0) / weighed.sum(0).clamp(min=1)).tolist(), strict=True))
+    targets = int(weighed[:, 0].sum().item())
+    return Outcome(losses.pop("loss"), means.max().item(), norms[0].item(), targets, losses)
 
 
 def _all_reduce(value: Tensor, parts: Parts) -> Tensor:

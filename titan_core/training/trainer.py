@@ -170,7 +170,7 @@ class Trainer:
             lr=lr,
             total_tokens=self.progress.tokens,
         )
-        done.extra.update(self.parts.balance.metrics())
+        done.extra.update({**outcome.further, **self.parts.balance.metrics()})
         self.listener(done)
 
     def _validate(self, step: int, stop: StopRequest) -> str | None:

@@ -21,6 +21,9 @@ class DeepSeekSizes(ExpertSizes, DecoderSizes):
     A head has `qk_nope_dim` + `qk_rope_dim` numbers in queries and keys, of which the latter rotate, and `v_dim` in
     values. Queries come from a latent of `q_lora_rank`, or with 0 straight from the stream. The MLPs of the first
     `n_dense_layers` are `ffn_dim` wide, the others are mixtures of experts.
+
+    With `num_mtp_layers` (`num_nextn_predict_layers` in V3's config), as many layers after the last learn to predict
+    further tokens: the k-th the token k + 1 places ahead (DeepSeek-V3, section 2.2).
     """
 
     dim: Positive = 7168
@@ -49,6 +52,7 @@ class DeepSeekSizes(ExpertSizes, DecoderSizes):
     top_groups: Positive = 4
     group_score: Literal["max", "top2"] = "top2"
     score_bias: bool = True
+    num_mtp_layers: NonNegative = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,12 +90,28 @@ def attentions(sizes: DeepSeekSizes) -> tuple[Attention, ...]:
     one = Attention(
         sizes.n_heads, sizes.n_heads, sizes.qk_dim, sizes.v_dim, cached=(1, sizes.kv_lora_rank, sizes.qk_rope_dim)
     )
-    return (one,) * sizes.n_layers
+    return (one,) * (sizes.n_layers + sizes.num_mtp_layers)
 
 
 def parameters(sizes: DeepSeekSizes) -> tuple[Parameter, ...]:
     """List the parameters in the order of the module."""
-    return decoder.parameters(sizes, latent_attention)
+    predicting = (one for depth in range(sizes.num_mtp_layers) for one in mtp_layer(sizes, depth))
+    return (*decoder.parameters(sizes, latent_attention), *predicting)
+
+
+def mtp_layer(sizes: DeepSeekSizes, depth: int) -> Iterator[Parameter]:
+    """List the parameters of a layer that predicts a further token; embedding and head are the model's."""
+    prefix, one, table = f"mtp.{depth}", Constant(1.0), (sizes.vocab_size, sizes.dim)
+    head = "tok_embeddings.weight" if sizes.tied else "output.weight"
+    shared = {"tok_embeddings": ("embedding", "tok_embeddings.weight"), "output": ("output", head)}
+    for name, (role, whose) in shared.items():
+        untied = "num_mtp_layers 0"
+        yield Parameter(f"{prefix}.{name}.weight", table, role, Normal(1.0), tied_to=whose, untied_by=untied)
+    yield Parameter(f"{prefix}.embedding_norm.weight", (sizes.dim,), "norm", one)
+    yield Parameter(f"{prefix}.hidden_norm.weight", (sizes.dim,), "norm", one)
+    yield Parameter(f"{prefix}.proj.weight", (sizes.dim, 2 * sizes.dim), "hidden", Normal(0.02))
+    yield from decoder.block(sizes, f"{prefix}.block", sizes.n_layers + depth, latent_attention)
+    yield Parameter(f"{prefix}.norm.weight", (sizes.dim,), "norm", one)
 
 
 def latent_attention(sizes: DeepSeekSizes, prefix: str, inner: Normal, residual: Normal) -> Iterator[Parameter]:
@@ -128,5 +148,5 @@ FLAVORS = {
     ),
     "16B": _v2(**_LITE, dim=2048, n_layers=27, ffn_dim=10944, num_experts=64, expert_dim=1408),
     "236B": _v2(dim=5120, n_layers=60, ffn_dim=12288, num_experts=160, expert_dim=1536, top_groups=3, route_scale=16.0),
-    "671B": DeepSeekSizes(),
+    "671B": DeepSeekSizes(num_mtp_layers=1),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from titan_core.declare import hf_decoder
@@ -21,15 +22,18 @@ def hf_rules(sizes: DeepSeekSizes) -> list[Rule]:
     if sizes.n_dense_layers < sizes.n_layers:
         rules += hf_decoder.mixture(sizes)
     old = "rotary frequencies, which titan computes from the sizes"
-    return [
-        *rules,
-        Drop(f"{THEIRS}.self_attn.rotary_emb.inv_freq", old),
-        *(Drop(f"model.layers.{sizes.n_layers}.{name}", _PREDICTS) for name in _predicting(sizes)),
-    ]
+    rules.append(Drop(f"{THEIRS}.self_attn.rotary_emb.inv_freq", old))
+    if not sizes.num_mtp_layers:
+        names = (rule.theirs for rule in _predicting(sizes, 0))
+        repeated = (f"{_mtp_name(sizes, 0)}.{name}.weight" for name in _REPEATED.values())
+        return [*rules, *(Drop(name, _PREDICTS) for name in (*names, *repeated))]
+    for depth in range(sizes.num_mtp_layers):
+        rules += _predicting(sizes, depth)
+    return [_repeated(rule, sizes) for rule in rules]
 
 
-def _attention(sizes: DeepSeekSizes) -> list[Rule]:
-    ours, theirs = f"{OURS}.attention", f"{THEIRS}.self_attn"
+def _attention(sizes: DeepSeekSizes, ours: str = OURS, theirs: str = THEIRS) -> list[Rule]:
+    ours, theirs = f"{ours}.attention", f"{theirs}.self_attn"
     names = {"wkv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj"}
     if sizes.q_lora_rank:
         names |= {"wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj"}
@@ -38,12 +42,42 @@ def _attention(sizes: DeepSeekSizes) -> list[Rule]:
     return [Link(f"{ours}.{name}.weight", f"{theirs}.{their}.weight") for name, their in names.items()]
 
 
-def _predicting(sizes: DeepSeekSizes) -> list[str]:
-    """Return the names of tensors in the layer after the last: V3's checkpoints have it, transformers' model not."""
-    own = ["embed_tokens", "enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head"]
-    links = [Link("", f"{THEIRS}.{name}.weight") for name in (*own, "input_layernorm", "post_attention_layernorm")]
-    rules = [*links, *_attention(sizes), *hf_decoder.mixture(sizes)]
-    return [rule.theirs.removeprefix(f"{THEIRS}.") for rule in rules]
+# tables of ours, and where each layer that predicts repeats them
+_REPEATED = {"tok_embeddings.weight": "embed_tokens", "output.weight": "shared_head.head"}
+
+
+def _mtp_name(sizes: DeepSeekSizes, depth: int) -> str:
+    """Return the name of a layer that predicts a further token: they go on counting after the last."""
+    return f"model.layers.{sizes.n_layers + depth}"
+
+
+def _predicting(sizes: DeepSeekSizes, depth: int) -> list[Rule]:
+    """Map a layer that predicts a further token: V3's checkpoints have one, transformers' model has not."""
+    ours, theirs = f"mtp.{depth}", _mtp_name(sizes, depth)
+    names = {
+        "embedding_norm": "enorm", "hidden_norm": "hnorm", "proj": "eh_proj", "norm": "shared_head.norm",
+        "block.attention_norm": "input_layernorm", "block.ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+    rules: list[Rule] = [Link(f"{ours}.{name}.weight", f"{theirs}.{their}.weight") for name, their in names.items()]
+    rules += _attention(sizes, f"{ours}.block", theirs)
+    if sizes.is_mixture(sizes.n_layers + depth):
+        return rules + hf_decoder.mixture(sizes, f"{ours}.block.moe", f"{theirs}.mlp")
+    return rules + hf_decoder.swiglu(f"{ours}.block.feed_forward", f"{theirs}.mlp")
+
+
+def _repeated(rule: Rule, sizes: DeepSeekSizes) -> Rule:
+    """Add the copies of a table that layers that predict have: they share the model's embedding and head."""
+    if isinstance(rule, Drop) or rule.ours not in _REPEATED:
+        return rule
+    names = _REPEATED.values() if sizes.tied else (_REPEATED[rule.ours],)
+    layers = [_mtp_name(sizes, depth) for depth in range(sizes.num_mtp_layers)]
+    return dataclasses.replace(rule, copies=tuple(f"{layer}.{name}.weight" for layer in layers for name in names))
+
+
+def held(sizes: DeepSeekSizes, names: Collection[str]) -> DeepSeekSizes:
+    """Leave out layers that predict where a folder has none: transformers saves a model without, its config with."""
+    there = f"{_mtp_name(sizes, 0)}.eh_proj.weight" in names
+    return sizes if there else dataclasses.replace(sizes, num_mtp_layers=0)
 
 
 def read_config(config: Mapping[str, Any]) -> DeepSeekSizes:
@@ -68,6 +102,7 @@ def read_config(config: Mapping[str, Any]) -> DeepSeekSizes:
         expert_dim=read.integer("moe_intermediate_size"),
         num_shared_experts=_count(read, "n_shared_experts"),
         route_scale=read.number("routed_scaling_factor"),
+        num_mtp_layers=_count(read, "num_nextn_predict_layers"),
         **(_read_gate_v3(read) if v3 else _read_gate_v2(read)),
     )
 
@@ -128,6 +163,8 @@ def write_config(sizes: DeepSeekSizes) -> dict[str, Any]:
     unlike = [f"{field} {getattr(sizes, field)}" for field, own in wanted.items() if getattr(sizes, field) != own]
     if not sizes.num_shared_experts:
         unlike.append("num_shared_experts 0")
+    if sizes.num_mtp_layers and not v3:
+        unlike.append(f"num_mtp_layers {sizes.num_mtp_layers}")
     if unlike:
         message = f"{name} has no {', '.join(unlike)}, and this model does: transformers cannot run it"
         raise UsageError(message, tip="keep it as a DCP checkpoint")
@@ -152,12 +189,18 @@ def write_config(sizes: DeepSeekSizes) -> dict[str, Any]:
         "topk_group": sizes.top_groups,
         "norm_topk_prob": sizes.normalise_scores,
         "scoring_func": sizes.score,
-        **(_GATE_V3 if v3 else {"topk_method": "greedy" if sizes.num_groups == 1 else "group_limited_greedy"}),
+        **(
+            {"topk_method": "noaux_tc", "num_nextn_predict_layers": sizes.num_mtp_layers, "rope_interleave": True}
+            if v3
+            else {"topk_method": "greedy" if sizes.num_groups == 1 else "group_limited_greedy"}
+        ),
     }
 
 
-_GATE_V3 = {"topk_method": "noaux_tc", "num_nextn_predict_layers": 0, "rope_interleave": True}
-
 WEIGHTS = Weights(
-    model_types=("deepseek_v3", "deepseek_v2"), read_config=read_config, write_config=write_config, rules=hf_rules
+    model_types=("deepseek_v3", "deepseek_v2"),
+    read_config=read_config,
+    write_config=write_config,
+    rules=hf_rules,
+    held=held,
 )
