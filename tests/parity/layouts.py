@@ -21,13 +21,14 @@ STEPS = 5
 
 @dataclass(frozen=True)
 class Seen:
-    """Losses (nats) and gradient norms of the steps, targets a step, loads of experts, and the whole gradients of the
-    first step."""
+    """Losses (nats) and gradient norms of the steps, targets a step, loads of experts, further parts of the loss, and
+    the whole gradients of the first step."""
 
     losses: list[float]
     norms: list[float]
     targets: list[int]
     loads: list[dict[str, float]]
+    further: list[dict[str, float]]
     gradients: dict[str, Tensor]
 
 
@@ -45,13 +46,13 @@ def first_steps(resolved: Resolved, ranks: int) -> Seen:
 
 
 def _numbers(seen: Seen) -> tuple[Any, ...]:
-    return seen.losses, seen.norms, seen.targets, seen.loads
+    return seen.losses, seen.norms, seen.targets, seen.loads, seen.further
 
 
 def _run(resolved: Resolved) -> Seen:
     world = distributed.start()
     parts = build(resolved.config, world, silent)
-    seen = Seen([], [], [], [], {})
+    seen = Seen([], [], [], [], [], {})
     for step in range(STEPS):
         outcome = forward_backward(parts, lambda: next(parts.loader))
         if step == 0:
@@ -59,6 +60,7 @@ def _run(resolved: Resolved) -> Seen:
         seen.losses.append(outcome.loss)
         seen.norms.append(outcome.grad_norm)
         seen.targets.append(outcome.targets)
+        seen.further.append(outcome.further)
         parts.update(1e-2)
         seen.loads.append(parts.balance.metrics())
     parts.loader.close()
@@ -73,7 +75,7 @@ def _whole(gradient: Tensor | None) -> Tensor:
 def assert_same(found: Seen, expected: Seen, tolerance: float = 1e-5) -> None:
     """Assert that two layouts gave the same numbers, to a tolerance relative to the largest gradient of a parameter."""
     assert found.targets == expected.targets
-    for ours, alone in zip(found.loads, expected.loads, strict=True):
+    for ours, alone in zip(found.loads + found.further, expected.loads + expected.further, strict=True):
         assert ours == pytest.approx(alone, rel=1e-5)
     for mine, theirs in zip(found.losses + found.norms, expected.losses + expected.norms, strict=True):
         assert abs(mine - theirs) <= tolerance * abs(theirs), (found.losses, expected.losses)

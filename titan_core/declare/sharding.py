@@ -20,8 +20,9 @@ class Sharding:
     whose first argument is the residual stream (B, T, D), or a tuple of such streams, needed whole, and whose result is
     added to it. Outside of the regions the stream may be split along T, from the `embeddings` on to `closing`, the last
     norm, or from the `openings`, which map rows of data to a stream, on to the `outputs`, whose results are wanted
-    whole. `resuming` modules take what a closing norm gave, and the stream goes on from there. `modulations` map a vector (B, V) of each sample to what is applied to its stream: they are split by output
-    features, and what they give is needed whole; `conditions` make that vector.
+    whole. `resuming` modules take what a closing norm gave, and the stream goes on from there. `modulations` map a
+    vector (B, V) of each sample to what is applied to its stream: they are split by output features, and what they give
+    is needed whole; `conditions` make that vector.
     `experts` are modules that hold the weights of many experts, stacked along dimension 0, and are called with
     tokens (N, D), the numbers of the experts chosen for each (N, K) and their weights (N, K) or None. They lie in
     `mixtures`, which are regions, with `shared` experts beside them; `loads` are the modules there that count what each
@@ -55,7 +56,7 @@ class Sharding:
         return -1 if matches(module, self.rows) else None
 
     def again(self, pattern: str, other: str) -> Sharding:
-        """Return the same places, and all of those in modules that match a pattern in modules that match another too."""
+        """Return the same places, those below a pattern (`layers.*`) once more below another."""
         start = pattern + "."
         found = {
             name: (*globs, *(other + "." + glob.removeprefix(start) for glob in globs if glob.startswith(start)))

@@ -1,0 +1,84 @@
+"""The layout never changes the result of multi-token prediction: losses of all depths, and every gradient of the first
+step, equal one process."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from tests.parity.layouts import Seen, assert_same, first_steps
+from tests.parity.test_expert_layouts import MODELS
+from tests.parity.test_layouts import ranks_of, settings_of
+from tests.runs import losses, tiny
+from titan_core.config.layout import Layout
+from titan_core.models import resolve
+from titan_core.parallel import legal
+
+MTP: dict[str, Any] = {
+    **MODELS["deepseek_v3"],
+    "model.args.n_layers": 2,
+    "model.args.num_mtp_layers": 2,
+    "model.args.attention_mask": "block_causal",
+    "training.mtp_loss_weight": 0.7,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp": {"dp": 2},
+    "simple fsdp": {"dp": 2, "backend": "simple"},
+    "tensor": {"tp": 2},
+    "tensor, whole stream": {"tp": 2, "sp": False},
+    "context": {"cp": 2},
+    "expert": {"dp": 2, "ep": 2},
+    "expert over tensor": {"tp": 2, "ep": 2},
+}
+
+
+def run(layout: dict[str, Any], folder: Path | str, **more: Any) -> Seen:
+    return first_steps(tiny(folder, **{**settings_of(layout, MTP), **more}), ranks_of(layout))
+
+
+@cache
+def alone() -> Seen:
+    with TemporaryDirectory() as folder:
+        return run({}, folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_further_tokens_on_layouts(layout: str, tmp_path: Path) -> None:
+    assert_same(run(LAYOUTS[layout], tmp_path), alone())
+
+
+def test_accumulation_and_recomputation(tmp_path: Path) -> None:
+    """A microbatch has its own number of targets at each depth, and documents end where they end."""
+    recompute = {"activation_checkpoint__mode": "selective", "activation_checkpoint__selective_ac_option": "op"}
+    assert_same(run({"dp": 2}, tmp_path, training__local_batch_size=1, **recompute), alone())
+
+
+def test_blocks_compile_on_tensor_parallel_ranks(tmp_path: Path) -> None:
+    settings = {**settings_of({"tp": 2}, MTP), "training__steps": 2, "compile__backend": "aot_eager"}
+    settings |= {"model.args.n_layers": 1, "model.args.num_mtp_layers": 1}
+    eager = losses(tiny(tmp_path / "eager", **settings), 2)
+    compiled = losses(tiny(tmp_path / "compiled", **settings, compile__enable=True), 2)
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+def test_the_next_tokens_loss_does_not_depend_on_a_weight_of_zero(tmp_path: Path) -> None:
+    """With weight 0, and gradients not clipped, the main model is trained as if the layers were not there."""
+    without = run({}, tmp_path / "without", **{"model.args.num_mtp_layers": 0})
+    with_them = run({}, tmp_path / "with", **{"training.mtp_loss_weight": 0})
+    assert with_them.losses == without.losses
+    assert without.further == [{}] * len(without.losses)
+    assert alone().losses[0] == without.losses[0]
+    assert alone().losses[1:] != without.losses[1:]
+
+
+def test_pipelines_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = tiny(tmp_path, **settings_of({"pp": 2}, MTP)).config
+    family, sizes = resolve(config.model)
+    (problem,) = legal.problems(config, Layout.of(config.parallelism, 2), family, sizes)
+    assert problem.key == "parallelism.pipeline_parallel_degree"
+    assert problem.message == (
+        "mtp.0.tok_embeddings.weight is tied to tok_embeddings.weight, and they would lie in different pipeline stages"
+    )
+    assert problem.tip == "set pipeline_parallel_degree to 1, or untie them (`--model.args.num_mtp_layers 0`)"
