@@ -23,7 +23,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "memory_estimation.enable": (False,),
     "fault_tolerance.enable": (False,),
     "fault_tolerance.semi_sync_method": (None,),
-    "quantize.grouped_mm.mx.fqns": ([],),
 }
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")  # of a checkpoint
