@@ -24,6 +24,10 @@ from titan_core.runtime.errors import UsageError
 class StoredFloat8(nn.Module):
     """A linear layer for inference; without a GPU its operands are rounded alike, and multiplied in fp32."""
 
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: Linear) -> None:
         super().__init__()
         weight_OI, scale_O = quantize_rowwise(layer.weight.detach())
