@@ -214,6 +214,7 @@ def test_a_missing_torchao_is_named_with_the_line_that_installs_it(converter, mo
         ({f"{FLOAT8}.recipe_name": "rowwise"}, f"`{FLOAT8}.recipe_name` does nothing"),
         ({f"{FLOAT8}.emulate": "true"}, f"`{FLOAT8}.emulate` does nothing"),
         ({f"{MX_EXPERTS}.recipe_name": "mxfp8_emulated"}, f"`{MX_EXPERTS}.recipe_name` does nothing"),
+        ({"parallelism.expert_parallel_capacity": "3"}, "does nothing: `expert_parallel_degree` is 1"),
         (
             {"model.converters": FLOAT8, f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp": "true"},
             "does nothing without `enable_fsdp_float8_all_gather`",

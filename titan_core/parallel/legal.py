@@ -153,6 +153,12 @@ def _experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
 
 def _products(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:
     key, backend = "training.expert_backend", config.training.expert_backend
+    if not any(p.role == "expert" for p in family.parameters(sizes)):
+        forced = config.training.debug_moe_force_load_balance
+        asked = {key: backend != "auto", "training.debug_moe_force_load_balance": forced}
+        for name in (name for name, there in asked.items() if there):
+            yield Problem(name, f"`{name}` does nothing: this {family.name} has no experts", tip="leave it out")
+        return
     if backend == "loop" and config.compile.enable and "model" in config.compile.components:
         yield Problem(key, "the compiler cannot see through a `loop` over experts", tip="use `titan`, or `auto`")
     if backend == "grouped_mm":
