@@ -40,8 +40,9 @@ RULES = {
     ),
     "converter": (["model.converters=quantize.linear.float"], "--model.converters", "no converter", "linear.float8`?"),
     "converter of another sort": (["model.converters=lora"], "--model.converters", "`lora`", "known: quantize.linear"),
-    "converter of experts": (
-        ["model.converters=quantize.grouped_mm.mx"], "--model.converters", "not supported", "leave it out",
+    "two converters of experts": (
+        ["model.converters=quantize.grouped_mm.mx,quantize.grouped_mm.float8"], "--model.converters",
+        "an expert can be", "leave one",
     ),
     "two converters": (
         ["model.converters=quantize.linear.mx,quantize.linear.float8"], "--model.converters", "once", "leave one",
@@ -104,7 +105,7 @@ def test_a_rule_that_is_broken_is_named_with_its_flag(name: str) -> None:
 
 
 def test_what_is_not_supported_yet_is_one_problem_with_every_place() -> None:
-    words = ["optimizer.early_step_in_backward", "quantize.grouped_mm.mx.fqns=experts", "fault_tolerance.enable"]
+    words = ["optimizer.early_step_in_backward", "memory_estimation.enable", "fault_tolerance.enable"]
     (found,) = check(load(None, flags(words)))
     for word in words:
         assert f"(--{word.partition('=')[0]})" in found.message

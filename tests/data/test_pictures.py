@@ -163,6 +163,37 @@ def test_tables_of_images(tmp_path: Path) -> None:
         opened(tmp_path, image_key="image")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_of_the_hub_are_read_by_name_split_and_columns(streaming: bool, tmp_path: Path, monkeypatch) -> None:
+    """`datasets` reads a folder `org/name` as it reads what it has of the Hub; captions may be lists."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/pictures").mkdir(parents=True)
+    features = datasets.Features(
+        {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string")), "n": datasets.Value("int64")}
+    )
+    for split, width in (("train", 20), ("validation", 30)):
+        pictures = [{"bytes": image(width, 20), "path": None}] * 2
+        columns = {"image": pictures, "captions": [[f"{split} one", "again"], [f"{split} two"]], "n": [1, 2]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(f"some/pictures/{split}.parquet")
+    keys = {"image_key": "image", "caption_key": "captions", "split": "validation", "streaming": streaming}
+    source = opened(name="some/pictures", **keys)
+    found = list(source.read(None)) if streaming else [source.item(n) for n in range(len(source))]
+    assert [picture.caption for picture in found] == ["validation one", "validation two"]
+    assert prepare(found[0], 16, 0.0).shape == (3, 16, 16)
+    assert source.fingerprint == "some/pictures/None/validation/image/captions"
+    with pytest.raises(DataError, match="`some/pictures` has no column `jpg`") as caught:
+        opened(name="some/pictures", streaming=streaming)
+    assert caught.value.tip == "its columns: image, captions, n"
+    with pytest.raises(DataError, match="cannot read the data set `some/pictures`"):
+        opened(name="some/pictures", **{**keys, "split": "test"})
+    with pytest.raises(DataError, match="cannot reach the Hub for the data set `some/other`"):
+        opened(name="some/other", streaming=streaming)
+
+
 def test_names_that_are_not_known_are_answered(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no data set of pictures `cc12-wds`") as error:
         opened(name="cc12-wds")

@@ -14,7 +14,7 @@ from titan_core.generation.images import Drawer, Recipe
 from titan_core.jobs import generate_flux, train
 from titan_core.nn import flow
 from titan_core.nn.latents import pack, unpack
-from titan_core.runtime.errors import CheckpointError, DataError
+from titan_core.runtime.errors import CheckpointError, DataError, MachineError
 from titan_core.tasks.encoders import Blocks, Place
 
 CPU = Place(torch.device("cpu"), torch.float32)
@@ -118,6 +118,53 @@ def test_images_of_a_pipeline_and_of_a_single_file_are_the_same(pipeline: Path, 
         every.append([_pixels(Path(image.path)) for image in result.images])
     assert np.array_equal(every[0], every[1])
     assert np.array_equal(every[0], every[2])
+
+
+def test_float8_draws_nearly_the_same_image_and_says_so(
+    pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    words = ["generate", "flux", "--checkpoint", str(pipeline), "--prompt", "a cat", "--size", "32x32", "--steps", "4"]
+    found = {}
+    for name, more in (("float32", []), ("float8", ["--quantize", "float8"])):
+        assert titan([*words, *more, "--out", str(tmp_path / name), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        image = Image.open(tmp_path / name / "0000-00.png")
+        said = json.loads(image.text["titan"])  # pyright: ignore[reportAttributeAccessIssue]
+        assert said["quantize"] == told["recipe"]["quantize"] == (None if name == "float32" else "float8")
+        found[name] = np.asarray(image).astype(float)
+    assert found["float32"].std() > 20
+    gap = np.abs(found["float8"] - found["float32"])
+    assert 0 < gap.mean() < 0.03 * found["float32"].std()
+
+
+def test_float8_holds_a_quarter_of_the_bytes_and_rounds_as_the_oracle(pipeline: Path) -> None:
+    from tests.quantization import oracle
+    from titan_core.quantization.stored import StoredFloat8
+
+    source = generate_flux.open_flux(str(pipeline), {})
+    plain, low = (source.model(CPU, compiled=False, float8=float8) for float8 in (False, True))
+    stored = {name: module for name, module in low.named_modules() if isinstance(module, StoredFloat8)}
+    assert len(stored) == 2 * 12 + 2 * 6  # of two double and two single blocks
+    x, name = torch.randn(2, 5, 64), "single_blocks.1.mix.wq"
+    weight, bias = (plain.get_parameter(f"{name}.{key}") for key in ("weight", "bias"))
+    wanted = oracle.scaled(x.flatten(0, 1), oracle.E4M3, 1) @ oracle.scaled(weight, oracle.E4M3, 1).T + bias
+    assert (stored[name](x).flatten(0, 1) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert stored[name].get_buffer("weight").element_size() * 4 == weight.element_size()
+    left = dict(low.named_parameters())
+    assert f"{name}.weight" not in left
+    assert all(torch.equal(value, plain.get_parameter(key)) for key, value in left.items())
+
+
+def test_a_gpu_without_float8_is_refused_before_anything_is_loaded(pipeline: Path, monkeypatch) -> None:
+    from titan_core.quantization import stored
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    with pytest.raises(MachineError, match=r"compute capability 8\.9, and an A100 has 8.0") as caught:
+        stored.check_device(torch.device("cuda"))
+    assert caught.value.tip == "leave --quantize out"
 
 
 def _pixels(path: Path) -> np.ndarray:

@@ -194,3 +194,13 @@ def test_products_that_cannot_be_formed_so(tmp_path: Path) -> None:
     assert problems(training__expert_backend="loop", compile__enable=True) == [
         "the compiler cannot see through a `loop` over experts"
     ]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"training__expert_backend": "loop"}, {"training__debug_moe_force_load_balance": True}]
+)
+def test_options_of_experts_without_experts_are_refused(changes: dict[str, object], tmp_path: Path) -> None:
+    config = tiny(tmp_path, **changes).config
+    (found,) = legal.problems(config, Layout(), *resolve(config.model))
+    assert found.key == next(iter(changes)).replace("__", ".")
+    assert "does nothing: this llama3 has no experts" in found.message

@@ -4,13 +4,15 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 
 from tests.runs import tiny
 from titan_core.observe.loggers import JsonLines, WandB, open_loggers, scalars
 from titan_core.runtime.errors import MachineError, RemoteError, RunFailed
-from titan_core.runtime.events import Note, Saved, StepDone, Validated, Warned
+from titan_core.runtime.events import Note, Sampled, Saved, StepDone, Validated, Warned
 
 
 def step(number: int = 7, loss: float = 2.5, **extra: float) -> StepDone:
@@ -187,3 +189,24 @@ def test_wandb_rows_carry_their_step(tmp_path: Path, monkeypatch) -> None:
     assert runs[0].axes == [("*", "step")]
     assert [row["step"] for row in runs[1].rows[:-1]] == [5, 6, 7]
     assert runs[1].rows[0]["lr"] == 1e-3
+
+
+def test_wandb_gets_sample_images_with_their_captions(tmp_path: Path, monkeypatch) -> None:
+    """A module with W&B's names stands in for the package: nothing but what we call."""
+    runs: list[FakeRun] = []
+
+    def init(**options: object) -> FakeRun:
+        runs.append(FakeRun())
+        return runs[-1]
+
+    errors = ModuleType("wandb.errors")
+    errors.Error = RuntimeError  # pyright: ignore[reportAttributeAccessIssue]
+    stub = ModuleType("wandb")
+    stub.init = init  # pyright: ignore[reportAttributeAccessIssue]
+    stub.Image = lambda pixels, caption: (pixels.shape, int(pixels.sum()), caption)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setitem(sys.modules, "wandb.errors", errors)
+    logger = WandB(tmp_path / "wandb", {})
+    pictures = [np.full((2, 3, 3), number, dtype=np.uint8) for number in (1, 2)]
+    logger(Sampled(7, ["a.png", "b.png"], ["a cat", "a dog"], pictures))
+    assert runs[0].rows == [{"step": 7, "samples": [((2, 3, 3), 18, "a cat"), ((2, 3, 3), 36, "a dog")]}]

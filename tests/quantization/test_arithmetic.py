@@ -1,15 +1,20 @@
 """Forward and gradients of quantized layers against arithmetic written anew."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 
+from torchao.prototype.moe_training import mxfp8_grouped_mm
+from torchao.quantization.quantize_.common import KernelPreference
+
 from tests.quantization import oracle
 from tests.ranks import run_ranks
 from titan_core.nn.layers import Linear
-from titan_core.quantization import float8, mx
+from titan_core.quantization import float8, mx, mx_experts
 
 FLOAT8 = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 OLD_TORCH = torch.__version__.startswith("2.11.")
@@ -103,6 +108,50 @@ def test_rounding_equals_the_cast_of_torch() -> None:
     for form, dtype in ((oracle.E4M3, torch.float8_e4m3fn), (oracle.E5M2, torch.float8_e5m2)):
         kept = x.clamp(-form.largest, form.largest)
         assert torch.equal(oracle.rounded(kept, form), kept.to(dtype).double())
+
+
+ENDS = torch.tensor([96, 96, 224], dtype=torch.int32)  # an expert without rows, and rows that are nobody's
+
+
+def of_experts(product, x: Tensor, weight: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = product(x, weight, ENDS)
+    y.backward(g)
+    assert x.grad is not None
+    assert weight.grad is not None
+    return y.detach()[: ENDS[-1]], x.grad[: ENDS[-1]], weight.grad
+
+
+def operands_of_experts(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(5)
+    return numbers(256, 64, dtype=dtype), numbers(3, 96, 64, dtype=dtype), numbers(256, 96, dtype=dtype)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+def test_products_of_experts_equal_the_oracle(exact: bool, dtype: torch.dtype, bound: float) -> None:
+    x, weight, g = operands_of_experts(dtype)
+    found = of_experts(mx_experts.product_of("mxfp8_emulated" + "_wgrad_with_hp" * exact), x, weight, g)
+    recipe = oracle.RECIPES["mxfp8_emulated_rceil"]
+    recipe = recipe._replace(g_for_w=Tensor.double, x_for_w=Tensor.double) if exact else recipe
+    parts = [oracle.linear(x[:96], weight[0], g[:96], recipe), oracle.linear(x[96:224], weight[2], g[96:224], recipe)]
+    assert error(found[0], torch.cat([part[0] for part in parts])) < bound
+    assert error(found[1], torch.cat([part[1] for part in parts])) < bound
+    for one, want in ((0, parts[0][2]), (2, parts[1][2])):
+        assert error(found[2][one], want) < bound
+    assert not found[2][1].any()
+
+
+@pytest.mark.parametrize("recipe", ["mxfp8", "mxfp8_wgrad_with_hp"])
+def test_products_of_experts_equal_what_torchao_emulates(recipe: str, monkeypatch) -> None:
+    """The path of a GPU, with torchao's own emulation in the place of its kernels."""
+    plain = mxfp8_grouped_mm._to_mxfp8_then_scaled_grouped_mm
+    emulate = partial(plain, kernel_preference=KernelPreference.EMULATED)
+    monkeypatch.setattr(mxfp8_grouped_mm, "_to_mxfp8_then_scaled_grouped_mm", emulate)
+    operands = operands_of_experts(torch.bfloat16)
+    found = of_experts(mx_experts.product_of(recipe.replace("mxfp8", "mxfp8_emulated")), *operands)
+    for one, theirs in zip(found, of_experts(mx_experts.product_of(recipe), *operands), strict=True):
+        assert torch.equal(one, theirs)
 
 
 def _compiled_and_eager(recipe: str) -> list[tuple[Tensor, Tensor, Tensor]]:

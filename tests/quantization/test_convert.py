@@ -11,8 +11,9 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 from tests.runs import tiny
 from titan_core.config.checks import remarks
 from titan_core.config.load import load
-from titan_core.config.quantize import FLOAT8, MX
+from titan_core.config.quantize import FLOAT8, MX, MX_EXPERTS
 from titan_core.models import resolve
+from titan_core.nn.experts import Experts
 from titan_core.nn.layers import Linear
 from titan_core.parallel.mesh import Layout, Mesh
 from titan_core.quantization import choose, convert
@@ -159,6 +160,41 @@ def test_a_device_that_can_is_not_refused(monkeypatch) -> None:
     assert said[0].startswith("float8 tensorwise in 14 of 15 linear layers")
 
 
+EXPERTS = {"model.name": "qwen3", "model.args.head_dim": 8, "model.args.num_experts": 4, "model.args.top_k": 2}
+
+
+@pytest.mark.parametrize(
+    ("capability", "said", "advised"),
+    [
+        (None, "MXFP8 matmuls need a GPU, and this run is on the CPU", "to mxfp8_emulated:"),
+        ((9, 0), "need compute capability 10.0, and an A100 has 9.0", "to mxfp8_emulated:"),
+        ((10, 0), "torchao's MXFP8 casts need", "pip install nvidia-cutlass-dsl"),
+        ((12, 0), "this torchao has no MXFP8 products of experts for this GPU", "to mxfp8_emulated:"),
+    ],
+)
+def test_a_device_that_cannot_multiply_by_experts_is_refused(capability, said: str, advised: str, monkeypatch) -> None:
+    from torchao.prototype.moe_training.kernels.mxfp8 import quant
+
+    missing = ["nvidia-cutlass-dsl"] if capability == (10, 0) else []
+    monkeypatch.setattr(quant, "_missing_cutedsl_runtime_packages", lambda: missing)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    with pytest.raises(MachineError) as caught:
+        converted(MX_EXPERTS, emulate=False, device=CPU if capability is None else torch.device("cuda"), **EXPERTS)
+    assert said in caught.value.message
+    assert advised in str(caught.value.tip)
+
+
+def test_experts_are_counted_and_chosen_by_name() -> None:
+    changes = {**EXPERTS, f"{MX_EXPERTS}.recipe_name": "mxfp8_emulated"}
+    model, said = converted(MX_EXPERTS, emulate=False, **changes)
+    assert said == ["experts of 2 blocks in MXFP8 (mxfp8_emulated)"]
+    assert {m.align for m in model.modules() if isinstance(m, Experts)} == {32}
+    model, said = converted(MX_EXPERTS, emulate=False, **changes, **{f"{MX_EXPERTS}.fqns": "layers.1"})
+    assert said == ["experts of 1 block in MXFP8 (mxfp8_emulated)"]
+    assert [m.product is None for m in model.modules() if isinstance(m, Experts)] == [True, False]
+
+
 @pytest.mark.parametrize(("converter", "module"), [(FLOAT8, "float8"), (MX, "mx")])
 def test_a_missing_torchao_is_named_with_the_line_that_installs_it(converter, module, monkeypatch) -> None:
     import titan_core.quantization as package
@@ -177,6 +213,8 @@ def test_a_missing_torchao_is_named_with_the_line_that_installs_it(converter, mo
     [
         ({f"{FLOAT8}.recipe_name": "rowwise"}, f"`{FLOAT8}.recipe_name` does nothing"),
         ({f"{FLOAT8}.emulate": "true"}, f"`{FLOAT8}.emulate` does nothing"),
+        ({f"{MX_EXPERTS}.recipe_name": "mxfp8_emulated"}, f"`{MX_EXPERTS}.recipe_name` does nothing"),
+        ({"parallelism.expert_parallel_capacity": "3"}, "does nothing: `expert_parallel_degree` is 1"),
         (
             {"model.converters": FLOAT8, f"{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp": "true"},
             "does nothing without `enable_fsdp_float8_all_gather`",

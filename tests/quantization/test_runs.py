@@ -1,6 +1,7 @@
 """Whole runs in float8 and MXFP8: near fp32, the same in every layout, resumable without it."""
 
 import functools
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ pytest.importorskip("torchao", reason="torchao is not installed")
 
 from tests.ranks import run_ranks
 from tests.runs import _train, losses, tiny
-from titan_core.config.quantize import FLOAT8, MX
+from titan_core.config.quantize import FLOAT8, FLOAT8_EXPERTS, MX, MX_EXPERTS
 from titan_core.runtime.errors import ConfigError
 
 SIZES = {"model.args.ffn_dim": 64, "model.args.n_kv_heads": 4, "training__steps": 8}  # all sides are multiples of 32
@@ -260,26 +261,89 @@ EXPERTS = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])
-def test_experts_in_float8_learn_as_in_high_precision(recipe: str, tmp_path: Path) -> None:
-    changes = {
-        **EXPERTS,
-        "model.converters": "quantize.grouped_mm.float8",
-        "quantize.grouped_mm.float8.recipe_name": recipe,
-    }
-    plain = losses(tiny(tmp_path / "plain", **EXPERTS))
-    found = losses(tiny(tmp_path / "float8", **changes))
+IN_MX = {**EXPERTS, "model.converters": MX_EXPERTS, f"{MX_EXPERTS}.recipe_name": "mxfp8_emulated"}
+
+
+@functools.cache
+def experts_alone(converter: str | None, recipe: str = "") -> list[float]:
+    changes = {} if converter is None else {"model.converters": converter, f"{converter}.recipe_name": recipe}
+    with tempfile.TemporaryDirectory() as folder:
+        return losses(tiny(folder, **EXPERTS, **changes))
+
+
+@pytest.mark.parametrize(
+    ("converter", "recipe"),
+    [
+        (FLOAT8_EXPERTS, "blockwise"),
+        (FLOAT8_EXPERTS, "rowwise"),
+        (MX_EXPERTS, "mxfp8_emulated"),
+        (MX_EXPERTS, "mxfp8_emulated_wgrad_with_hp"),
+    ],
+)
+def test_experts_in_low_precision_learn_as_in_high_precision(converter: str, recipe: str) -> None:
+    found, plain = experts_alone(converter, recipe), experts_alone(None)
     assert found != plain
     assert found == pytest.approx(plain, abs=0.03)
 
 
+EP = {"parallelism.data_parallel_shard_degree": 2, "parallelism.expert_parallel_degree": 2}
+
+
 def test_experts_in_float8_on_ranks_of_experts(tmp_path: Path) -> None:
-    changes = {**EXPERTS, "model.converters": "quantize.grouped_mm.float8"}
-    layout = {"parallelism.data_parallel_shard_degree": 2, "parallelism.expert_parallel_degree": 2}
-    alone = losses(tiny(tmp_path / "alone", **changes))
-    assert losses(tiny(tmp_path / "ranks", **changes, **layout), 2) == pytest.approx(alone, abs=0.01)
+    changes = {**EXPERTS, "model.converters": FLOAT8_EXPERTS}
+    found = losses(tiny(tmp_path / "ranks", **changes, **EP), 2)
+    assert found == pytest.approx(experts_alone(FLOAT8_EXPERTS, "blockwise"), abs=0.01)
 
 
-def test_float8_finds_no_experts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"quantize\.grouped_mm\.float8 finds no experts"):
-        losses(tiny(tmp_path, **{"model.converters": "quantize.grouped_mm.float8"}))
+WIDE = {**EXPERTS, "model.args.expert_dim": 64, "training__steps": 4}
+EXACT = {"model.converters": MX_EXPERTS, f"{MX_EXPERTS}.recipe_name": "mxfp8_emulated_wgrad_with_hp"}
+
+
+@functools.cache
+def wide_experts_alone() -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        return losses(tiny(folder, **WIDE, **EXACT))
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        (EP, 2),
+        ({**EP, "parallelism.expert_parallel_dispatch": "symmetric"}, 2),
+        ({**EP, "parallelism.expert_parallel_dispatch": "allgather"}, 2),
+        ({**EP, TP.replace("__", "."): 2, "parallelism.expert_tensor_parallel_degree": 2}, 4),
+        ({**EP, TP.replace("__", "."): 2, "parallelism.expert_parallel_degree": 4}, 4),
+    ],
+    ids=["alltoall", "symmetric", "allgather", "split experts", "experts over tp"],
+)
+def test_experts_in_mxfp8_on_many_ranks(layout: dict[str, Any], ranks: int, tmp_path: Path) -> None:
+    """Only the gradient of weights has scales that tokens share, so in high precision all layouts are one."""
+    assert losses(tiny(tmp_path, **WIDE, **EXACT, **layout), ranks) == pytest.approx(wide_experts_alone(), rel=5e-5)
+
+
+@pytest.mark.slow
+def test_experts_in_mxfp8_may_be_compiled(tmp_path: Path) -> None:
+    compiled = {"compile__enable": True, "compile__components": "model", "compile__backend": "aot_eager"}
+    found = losses(tiny(tmp_path, **IN_MX, **compiled, training__steps=2))
+    assert found == pytest.approx(experts_alone(MX_EXPERTS, "mxfp8_emulated")[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize("converter", [FLOAT8_EXPERTS, MX_EXPERTS])
+def test_a_converter_finds_no_experts(converter: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(converter)} finds no experts"):
+        losses(tiny(tmp_path, **{"model.converters": converter}))
+    with pytest.raises(ConfigError, match=r"finds no experts named layers\.7") as caught:
+        losses(tiny(tmp_path, **EXPERTS, **{"model.converters": converter, f"{converter}.fqns": "layers.7"}))
+    assert caught.value.problems[0].key == f"{converter}.fqns"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model.args.expert_dim": 48}, "w1.weight is 48 x 32, and mxfp8_emulated needs multiples of 32"),
+        ({f"{MX_EXPERTS}.recipe_name": "mxfp8"}, "w1.weight is 32 x 32, and mxfp8 needs multiples of 128"),
+    ],
+)
+def test_sides_of_experts_that_share_no_scales_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        losses(tiny(tmp_path, **{**IN_MX, **changes}))

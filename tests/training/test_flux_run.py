@@ -1,23 +1,28 @@
 """Runs of a flow model: exact resume on any ranks and workers, damaged pictures, stored encodings, a target loss."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.data.test_pictures import image, tar
 from tests.models import flux_oracles
 from tests.parity.test_flux_layouts import tiny
+from tests.ranks import run_ranks
 from tests.runs import losses
 from titan_cli.main import run as titan
 from titan_core.config.load import Resolved
 from titan_core.config.schema import Encoder
 from titan_core.jobs import encode_flux, plan, train, validate
+from titan_core.parallel.data_parallel import shard_frozen
+from titan_core.parallel.mesh import Layout, Mesh
 from titan_core.runtime.errors import ConfigError, DataError
 from titan_core.runtime.events import Event, Sampled, Validated, Warned
-from titan_core.tasks.encoders import Widths, load_encoders
+from titan_core.tasks.encoders import Place, Widths, load_encoders, load_text_encoders
 from titan_core.training import images
 
 
@@ -207,6 +212,53 @@ def test_the_encoders_of_transformers_and_the_autoencoder_serve_a_run(pipeline: 
     encode_flux.run(tiny(tmp_path / "d", **settings), str(tmp_path / "encoded"))
     stored = tiny(tmp_path / "d", **{**settings, "training__dataset_path": tmp_path / "encoded"})
     assert losses(stored) == pytest.approx(alone, rel=2e-2)
+
+
+def sharded_and_whole(pipeline: Path) -> list[tuple[bool, float]]:
+    """Return of each text encoder whether both forms give the same bits, and what share of the weights is here."""
+    mesh = Mesh(Layout(dp_shard=2), "cpu", dist.get_rank())
+    config = Encoder(*[str(pipeline)] * 3, max_t5_encoding_len=32)
+    forms = [
+        load_text_encoders(config, Widths(24, 20, 16), Place(torch.device("cpu"), torch.float32), shard=shard)
+        for shard in (None, partial(shard_frozen, mesh=mesh))
+    ]
+    captions, found = ["a cat", "a red dog"][: 1 + dist.get_rank()], []  # texts differ in number, calls do not
+    for whole, sharded in zip(*forms, strict=True):
+        outputs = [encoder.encode(torch.from_numpy(encoder.tokenize(captions))) for encoder in (whole, sharded)]
+        held = sum(p.to_local().numel() for p in sharded.model.parameters())
+        found.append((torch.equal(*outputs), held / sum(p.numel() for p in whole.model.parameters())))
+    return found
+
+
+def test_text_encoders_over_ranks_give_the_same_bits_of_half_the_weights_each(pipeline: Path) -> None:
+    for rank in run_ranks(sharded_and_whole, 2, pipeline):
+        for same, share in rank:
+            assert same
+            assert share == pytest.approx(0.5, abs=0.05)  # odd rows are padded
+
+
+def test_a_sharded_run_shards_its_text_encoders_and_validates_alike(pipeline: Path, tmp_path: Path) -> None:
+    """Damaged pictures and a number of captions that ranks do not divide: all encode equally often all the same."""
+    data = pictures(tmp_path / "data", broken=4)
+    validation = {"enable": True, "dataset_path": data, "freq": 2, "steps": 3, "local_batch_size": 1}
+    settings = {
+        **with_encoders(pipeline),
+        "training__dataset_path": data,
+        "training__classifier_free_guidance_prob": 0.3,
+    }
+    settings |= {f"validation__{key}": value for key, value in validation.items()}
+    wanted = losses(tiny(tmp_path / "ddp", {"rep": 2, "dp": 1}, **settings), 2)
+    found = losses(tiny(tmp_path / "fsdp", {"dp": 2}, **settings), 2)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    records = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ddp", "fsdp")
+    ]
+    validated, other = ([r["loss"] for r in some if r["event"] == "validated"] for some in records)
+    assert len(validated) == 2
+    assert other == pytest.approx(validated, rel=1e-6)
+    names = [sorted(p.name for p in (tmp_path / name / "img").iterdir()) for name in ("ddp", "fsdp")]
+    assert names[0] == names[1]
 
 
 def test_what_the_encoders_give_is_what_diffusers_pipeline_encodes(pipeline: Path) -> None:

@@ -10,7 +10,7 @@ from titan_core.config import quantize
 from titan_core.config.fields import fields, get
 from titan_core.config.layout import KEYS, Layout
 from titan_core.config.load import Resolved
-from titan_core.config.schema import Config
+from titan_core.config.schema import Config, Parallelism
 from titan_core.config.values import shown, toml_value
 from titan_core.runtime.errors import Problem, UsageError
 
@@ -23,7 +23,6 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "memory_estimation.enable": (False,),
     "fault_tolerance.enable": (False,),
     "fault_tolerance.semi_sync_method": (None,),
-    "quantize.grouped_mm.mx.fqns": ([],),
 }
 
 PARTS = ("model", "optimizer", "lr_scheduler", "dataloader", "train_state")  # of a checkpoint
@@ -46,6 +45,11 @@ def remarks(config: Config) -> list[str]:
     said = quantize.remarks(config)
     if warmup > steps:
         said.append(f"`lr_scheduler.warmup_steps` {warmup} is shortened to the {steps} of `training.steps`")
+    parallel, plain = config.parallelism, Parallelism()
+    if parallel.expert_parallel_degree == 1:
+        keys = ("expert_parallel_dispatch", "expert_parallel_capacity")
+        changed = [key for key in keys if getattr(parallel, key) != getattr(plain, key)]
+        said += [f"`parallelism.{key}` does nothing: `expert_parallel_degree` is 1" for key in changed]
     return said
 
 

@@ -18,23 +18,27 @@ MULTIPLE = {FLOAT8: 16, MX: 32}  # float8 matmuls want sides of 16 bytes, MX sha
 def problems(config: Config) -> Iterator[Problem]:
     """Return what is wrong with `model.converters` and the options of those that it names."""
     names = config.model.converters
-    known = (FLOAT8, MX, FLOAT8_EXPERTS)
+    known = (FLOAT8, MX, FLOAT8_EXPERTS, MX_EXPERTS)
     for name in names:
-        if name == MX_EXPERTS:
-            message = f"`model.converters`: {name} is not supported in this version"
-            yield Problem("model.converters", message, tip=f"leave it out; known: {', '.join(known)}")
-        elif name not in known:
+        if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             tip = f"did you mean `{near[0]}`? " if near else ""
             message = f"`model.converters` has no converter `{shown(name)}`"
             yield Problem("model.converters", message, tip=f"{tip}known: {', '.join(known)}")
-    found = [name for name in names if name in (FLOAT8, MX)]
-    if len(found) > 1:
-        message = f"`model.converters` names {' and '.join(found)}, and a layer can be converted once"
-        yield Problem("model.converters", message, tip="leave one")
-    elif found:
-        yield from _tokens(config, found[0])
-        yield from (_float8 if found[0] == FLOAT8 else _mx)(config)
+    for kinds, what in (((FLOAT8, MX), "a layer"), ((FLOAT8_EXPERTS, MX_EXPERTS), "an expert")):
+        if sum(name in kinds for name in names) > 1:
+            found = " and ".join(name for name in names if name in kinds)
+            message = f"`model.converters` names {found}, and {what} can be converted once"
+            yield Problem("model.converters", message, tip="leave one")
+    linear = [name for name in names if name in (FLOAT8, MX)]
+    if len(linear) == 1:
+        yield from _tokens(config, linear[0])
+        yield from (_float8 if linear[0] == FLOAT8 else _mx)(config)
+
+
+def rows_and_columns(recipe: str) -> int:
+    """Return of what the sides of an expert must be multiples: what shares a scale, or what torchao's kernels take."""
+    return 32 if "emulated" in recipe else 128
 
 
 def remarks(config: Config) -> list[str]:
@@ -48,9 +52,11 @@ def remarks(config: Config) -> list[str]:
         said.append(
             f"`{FLOAT8}.precompute_float8_dynamic_scale_for_fsdp` does nothing without `enable_fsdp_float8_all_gather`"
         )
-    experts = config.quantize.grouped_mm.float8
-    if experts.fqns and FLOAT8_EXPERTS not in config.model.converters:
-        said.append(f"`{FLOAT8_EXPERTS}.fqns` does nothing: `model.converters` does not name {FLOAT8_EXPERTS}")
+    grouped = config.quantize.grouped_mm
+    for name, section in ((FLOAT8_EXPERTS, grouped.float8), (MX_EXPERTS, grouped.mx)):
+        if name not in config.model.converters:
+            changed = [key for key, value in vars(section).items() if value != getattr(type(section)(), key)]
+            said += [f"`{name}.{key}` does nothing: `model.converters` does not name {name}" for key in changed]
     return said
 
 

@@ -91,7 +91,8 @@ class Model:
     tokenizer_path: str | None = None
     """Deprecated: use `hf_assets_path`."""
     converters: list[str] = field(default_factory=list)
-    """Model converters: `quantize.linear.float8` or `quantize.linear.mx`."""
+    """Model converters: `quantize.linear.float8` or `quantize.linear.mx`, and `quantize.grouped_mm.float8` or
+    `quantize.grouped_mm.mx` for experts."""
     print_after_conversion: bool = False
     """Print the model before training."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -407,10 +408,11 @@ class Float8GroupedMM:
 class MXGroupedMM:
     """MXFP8 expert matmuls."""
 
-    recipe_name: str = "mxfp8"
-    """Scaling recipe."""
+    recipe_name: Literal["mxfp8", "mxfp8_wgrad_with_hp", "mxfp8_emulated", "mxfp8_emulated_wgrad_with_hp"] = "mxfp8"
+    """`wgrad_with_hp` computes the weights' gradients in high precision. `emulated` forms products of rounded operands
+    in high precision, where the hardware lacks MXFP8. 32 numbers share a power of two, rounded up."""
     fqns: list[str] = field(default_factory=list)
-    """Modules whose experts are quantized."""
+    """Experts that are quantized: parts of their names; none: all."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from titan_core.jobs import foreign
 from titan_core.jobs.foreign import Opened
 from titan_core.nn.layers import set_parameter_dtype
 from titan_core.parallel.parallelize import find
+from titan_core.quantization import stored
 from titan_core.runtime.errors import CheckpointError, UsageError
 from titan_core.tasks.encoders import Place
 
@@ -46,13 +47,20 @@ class FluxSource:
         """How many numbers the model has."""
         return sum(p.numel for p in self.opened.known_family().parameters(self.sizes))
 
-    def model(self, place: Place, *, compiled: bool) -> nn.Module:
-        """Load the model, to be called without gradients."""
+    def model(self, place: Place, *, compiled: bool, float8: bool = False) -> nn.Module:
+        """Load the model, to be called without gradients; layers that are to be float8 one by one, so that the device
+        never holds them all in another dtype."""
         family = self.opened.known_family()
         with torch.device("meta"):
             model = family.build(self.sizes)
             set_parameter_dtype(model, place.dtype)
-        model.to_empty(device=place.device)
+        for name, layer in stored.layers(model, family, self.sizes).items() if float8 else ():
+            layer.to_empty(device=place.device)
+            fill(self.opened.ours, {f"{name}.{key}": value for key, value in layer.named_parameters()})
+            model.set_submodule(name, stored.StoredFloat8(layer))
+        for module in model.modules():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module.to_empty(device=place.device, recurse=False)
         fill(self.opened.ours, dict(model.named_parameters()))
         if compiled:
             for block in find(model, family.blocks):

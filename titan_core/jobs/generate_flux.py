@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 from titan_core.generation.images import Drawer, Recipe
 from titan_core.jobs.contact_sheet import Sheet
 from titan_core.jobs.flux_source import FluxSource, open_flux
+from titan_core.quantization import stored
 from titan_core.runtime import distributed
 from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import RunFailed, UsageError
@@ -32,7 +33,8 @@ _DEV_STEPS, _FEW_STEPS = 28, 4
 
 @dataclass(frozen=True)
 class Options:
-    """What to draw; None is what suits the model. `size` is (width, height) in pixels."""
+    """What to draw; None is what suits the model. `size` is (width, height) in pixels. `quantize` stores the weights of
+    the transformer's layers in float8 and multiplies in it."""
 
     size: tuple[int, int] | None = None
     steps: int | None = None
@@ -46,6 +48,7 @@ class Options:
     encoders: dict[str, str] = field(default_factory=dict)
     compiled: bool | None = None
     sheet: bool = True
+    quantize: Literal["float8"] | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,13 @@ class _Work:
         if config is not None:
             folder = os.path.join(config.job.dump_folder, config.inference.save_img_folder)
         self.folder = Path(self.options.out or folder)
+        note = stored.check_device(self.world.device) if self.options.quantize else None
+        if note and self.world.is_main:
+            self.listener(Note(note))
+
+    def told(self) -> dict[str, Any]:
+        """Return how images are drawn, as it is told to people."""
+        return {**dataclasses.asdict(self.recipe), "quantize": self.options.quantize}
 
     def draw(self, mine: list[tuple[int, str, int]], total: int) -> tuple[list[Image], tuple[float, int, float]]:
         """Draw this rank's images and write each as soon as it is there; returns them with (seconds to the first batch,
@@ -172,7 +182,8 @@ class _Work:
         compiled = self.place.device.type == "cuda" if self.options.compiled is None else self.options.compiled
         encoder = self.source.encoder
         autoencoder = load_autoencoder(encoder.autoencoder_path, encoder.autoencoder_factor, self.place)
-        drawer = Drawer(self.source.model(self.place, compiled=compiled), self.source.sizes, autoencoder, self.place)
+        model = self.source.model(self.place, compiled=compiled, float8=self.options.quantize == "float8")
+        drawer = Drawer(model, self.source.sizes, autoencoder, self.place)
         _make_folder(self.folder)
         images: list[Image] = []
         first = 0.0
@@ -203,7 +214,7 @@ class _Work:
     def _save(self, pixels: Tensor, number: int, prompt: str, n: int, seed: int) -> Image:
         height, width, _ = pixels.shape
         path = self.folder / f"{number:04d}-{n:02d}.png"
-        said = {"prompt": prompt, "seed": seed, "checkpoint": self.checkpoint, **dataclasses.asdict(self.recipe)}
+        said = {"prompt": prompt, "seed": seed, "checkpoint": self.checkpoint, **self.told()}
         said |= {"model": self.source.opened.known_family().name, "titan": version("titan-pretrain")}
         content = png(pixels.numpy().tobytes(), width, height, {"prompt": prompt, "titan": json.dumps(said)})
         try:
@@ -268,4 +279,4 @@ def _together(
     later = [(count, took) for _, (_, count, took), _ in found if count > 0]
     rate = sum(count / took for count, took in later) if later else None
     first = max((one[0] for _, one, _ in found), default=0.0)
-    return FluxResult(work.checkpoint, images, sheet, dataclasses.asdict(work.recipe), seconds, first, rate)
+    return FluxResult(work.checkpoint, images, sheet, work.told(), seconds, first, rate)

@@ -8,19 +8,21 @@ Shape letters: N tokens, K choices of a token, R rows = N K, D model width, F ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from titan_kernels.expert_mlp import expert_mlp, routed_mlp
-from titan_kernels.fp8_grouped_gemm import fp8_grouped_linear
 from titan_kernels.grouped_gemm import grouped_linear, reference_grouped_linear
 from titan_kernels.permutation import Placement, permute, place, unpermute
 from torch import Tensor, nn
 
 from titan_core.nn import ops
 
-Backend = Literal["titan", "grouped_mm", "loop", "float8_blockwise", "float8_rowwise"]
+Backend = Literal["titan", "grouped_mm", "loop"]
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows (R, I), weights (E, O, I) and the ends of rows: (R, O)
 
 
 class GroupedLinear(nn.Module):
@@ -37,7 +39,11 @@ class GroupedLinear(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs."""
+    """E SwiGLU MLPs.
+
+    `product` forms products instead of the backend where they are not plain ones. Rows of an expert begin at multiples
+    of `align`.
+    """
 
     def __init__(self, num_experts: int, dim: int, width: int) -> None:
         super().__init__()
@@ -45,6 +51,8 @@ class Experts(nn.Module):
         self.w2 = GroupedLinear(num_experts, width, dim)
         self.w3 = GroupedLinear(num_experts, dim, width)
         self.backend: Backend = "titan"
+        self.product: Product | None = None
+        self.align = 1
 
     @property
     def held(self) -> int:
@@ -56,12 +64,12 @@ class Experts(nn.Module):
 
         What is chosen and not at hand gives nothing.
         """
-        return self.visit(x_ND, place(chosen_NK, self.held), weights_NK)
+        return self.visit(x_ND, place(chosen_NK, self.held, self.align), weights_NK)
 
     def visit(self, x_ND: Tensor, placement: Placement, weights_NK: Tensor | None) -> Tensor:
         """Return the sums for tokens whose rows are placed."""
         w1, w2, w3 = self.w1(), self.w2(), self.w3()
-        if weights_NK is not None and self.backend == "titan":
+        if weights_NK is not None and self.product is None and self.backend == "titan":
             return routed_mlp(x_ND.to(w1.dtype), placement, weights_NK, w1, w3, w2)
         return unpermute(self.mlp(permute(x_ND, placement), placement.ends_E), placement, weights_NK)
 
@@ -69,10 +77,11 @@ class Experts(nn.Module):
         """Map rows that are sorted by expert, (R, D) to (R, D): those of expert e end at `ends_E[e]` (int32)."""
         w1, w2, w3 = self.w1(), self.w2(), self.w3()
         x_RD = x_RD.to(w1.dtype)
-        if self.backend == "titan":
+        if self.product is None and self.backend == "titan":
             return expert_mlp(x_RD, w1, w3, w2, ends_E)
-        gate, up = (multiply(x_RD, weight, ends_E, self.backend) for weight in (w1, w3))
-        return multiply(ops.swiglu(gate, up), w2, ends_E, self.backend)
+        product = self.product or partial(multiply, backend=self.backend)
+        gate, up = (product(x_RD, weight, ends_E) for weight in (w1, w3))
+        return product(ops.swiglu(gate, up), w2, ends_E)
 
 
 def multiply(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend) -> Tensor:
@@ -81,10 +90,6 @@ def multiply(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend)
         return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
     if backend == "loop":
         return reference_grouped_linear(x_RI, weight_EOI, ends_E)
-    if backend == "float8_blockwise":
-        return fp8_grouped_linear(x_RI, weight_EOI, ends_E, "blockwise")
-    if backend == "float8_rowwise":
-        return fp8_grouped_linear(x_RI, weight_EOI, ends_E, "rowwise")
     return grouped_linear(x_RI, weight_EOI, ends_E)
 
 

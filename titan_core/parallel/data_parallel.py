@@ -129,6 +129,18 @@ def apply_hooks(
     _prefetch(blocks, config.parallelism.fsdp_prefetch)
 
 
+def shard_frozen(module: nn.Module, mesh: Mesh) -> None:
+    """Shard a loaded module that is not trained, which every rank must then call equally often; replicas hold one each.
+
+    The units are the blocks of its first list of modules, and all the rest. Parameters come to the device unit by unit.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = next(list(part) for part in module.modules() if isinstance(part, nn.ModuleList))
+    for unit in (*blocks, module):
+        fully_shard(unit, mesh=mesh.parameters["fsdp"], reshard_after_forward=True)
+
+
 def _expert_dim(shards: int) -> Callable[[nn.Parameter], Shard]:
     """Shard experts by their number where it divides, as only then all ranks have some; else each of them."""
 

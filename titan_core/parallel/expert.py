@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from titan_kernels.all_to_all import CollectiveExchange, Exchange, SymmetricExchange, combine, dispatch
-from titan_kernels.permutation import Placement, permute, place, unpermute
+from titan_kernels.permutation import Placement, permute, place, placement_rows, unpermute
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -124,10 +124,11 @@ def _pulled(module: Any, exchanges: Exchanges, size: int, capacity: float) -> Ca
         if planning():
             return in_a_plan(forward, x_ND, chosen_NK, weights_NK)
         placement = place(chosen_NK, module.held * size)
-        room = math.ceil(min(capacity, size) * chosen_NK.numel())
+        room = placement_rows(math.ceil(min(capacity, size) * chosen_NK.numel()), module.held, module.align)
         rows_RD = permute(x_ND, placement)
         exchange = exchanges.of(rows_RD, module.held, room)
-        rows_CD, route = dispatch(exchange, rows_RD, placement.counts_E.view(size, -1), capacity=room)
+        counts_PL = placement.counts_E.view(size, -1)
+        rows_CD, route = dispatch(exchange, rows_RD, counts_PL, capacity=room, align=module.align)
         tally(module.get_buffer(DROPPED), (route.needed[None] - room).clamp(min=0))
         return unpermute(combine(exchange, module.mlp(rows_CD, route.ends_E), route), placement, weights_NK)
 
@@ -140,8 +141,9 @@ def _gathered(module: Any, group: ProcessGroup, size: int, rank: int, capacity: 
         x_AD = Gather.apply(x_ND, 0, group)
         weights_AK = None if weights_NK is None else Gather.apply(weights_NK, 0, group)
         local_AK = all_gather(chosen_NK, 0, group) - rank * held  # those of others are dropped
-        room = min(local_AK.numel(), math.ceil(capacity * chosen_NK.numel()))
-        placement, lost = _within(place(local_AK, held), room)
+        rows = min(local_AK.numel(), math.ceil(capacity * chosen_NK.numel()))
+        room = placement_rows(rows, held, module.align)
+        placement, lost = _within(place(local_AK, held, module.align), room)
         tally(module.get_buffer(DROPPED), lost[None, None])
         return Scatter.apply(module.visit(x_AD, placement, weights_AK), 0, group)
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from titan_core.config.layout import Layout
-from titan_core.config.quantize import MULTIPLE
+from titan_core.config.quantize import FLOAT8_EXPERTS, MULTIPLE, MX_EXPERTS, rows_and_columns
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
+from titan_core.declare.parameters import Parameter
 from titan_core.estimation.memory import BYTES
 from titan_core.parallel import stages
 from titan_core.runtime.errors import Problem, UsageError
@@ -24,6 +25,7 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_products(config, family, sizes),
         *_backend(config, layout),
         *_quantized(config, layout, family),
+        *_quantized_experts(config, layout, family, sizes),
         *family.problems(config, sizes),
     ]
 
@@ -151,6 +153,12 @@ def _experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
 
 def _products(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:
     key, backend = "training.expert_backend", config.training.expert_backend
+    if not any(p.role == "expert" for p in family.parameters(sizes)):
+        forced = config.training.debug_moe_force_load_balance
+        asked = {key: backend != "auto", "training.debug_moe_force_load_balance": forced}
+        for name in (name for name, there in asked.items() if there):
+            yield Problem(name, f"`{name}` does nothing: this {family.name} has no experts", tip="leave it out")
+        return
     if backend == "loop" and config.compile.enable and "model" in config.compile.components:
         yield Problem(key, "the compiler cannot see through a `loop` over experts", tip="use `titan`, or `auto`")
     if backend == "grouped_mm":
@@ -173,6 +181,34 @@ def _quantized(config: Config, layout: Layout, family: Family) -> Iterator[Probl
         if kind != "sample" and rows % MULTIPLE[known[0]]:
             message = f"{rows} {kind} rows a microbatch, and {known[0]} needs a multiple of {MULTIPLE[known[0]]}"
             yield Problem("training.local_batch_size", message, tip="choose another training.local_batch_size")
+
+
+def _quantized_experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iterator[Problem]:
+    grouped = config.quantize.grouped_mm
+    for name, fqns in ((FLOAT8_EXPERTS, grouped.float8.fqns), (MX_EXPERTS, grouped.mx.fqns)):
+        if name not in config.model.converters:
+            continue
+        experts = [p for p in family.parameters(sizes) if p.role == "expert"]
+        found = [p for p in experts if not fqns or any(part in p.name.rsplit(".", 2)[0] for part in fqns)]
+        if not found:
+            message = f"{name} finds no experts" + (f" named {', '.join(fqns)}" if fqns else "")
+            key = f"{name}.fqns" if fqns else "model.converters"
+            yield Problem(key, message, tip="a model with experts, or no such converter")
+        elif name == MX_EXPERTS:
+            yield from _fits_mx(grouped.mx.recipe_name, layout, family, found)
+
+
+def _fits_mx(recipe: str, layout: Layout, family: Family, experts: list[Parameter]) -> Iterator[Problem]:
+    """Forward and backward sum over both sides of what a rank has of a matrix."""
+    multiple = rows_and_columns(recipe)
+    for parameter in experts:
+        sides = list(parameter.shape[1:])
+        sides[family.sharding.split_dim(parameter.name.rpartition(".")[0]) or -1] //= layout.expert_tp
+        if any(side % multiple for side in sides):
+            part = f"{sides[0]} x {sides[1]}" + " on a rank" * (layout.expert_tp > 1)
+            message = f"{parameter.name} is {part}, and {recipe} needs multiples of {multiple}"
+            yield Problem("model.converters", message, tip=f"leave {MX_EXPERTS} out, or choose experts by its fqns")
+            return
 
 
 def _backend(config: Config, layout: Layout) -> Iterator[Problem]:

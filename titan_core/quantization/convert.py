@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,14 +10,15 @@ import torch
 from torch import nn
 
 from titan_core.config.layout import Layout
-from titan_core.config.quantize import FLOAT8, FLOAT8_EXPERTS, MULTIPLE, MX
+from titan_core.config.quantize import FLOAT8, FLOAT8_EXPERTS, MULTIPLE, MX, MX_EXPERTS
 from titan_core.config.schema import Config
 from titan_core.declare.family import Family
 from titan_core.declare.sharding import matches
 from titan_core.nn.layers import Linear
+from titan_core.quantization import experts
 from titan_core.quantization.choose import Choice, Rules, choose
-from titan_core.quantization.experts import convert_experts
-from titan_core.runtime.errors import ConfigError, MachineError, Problem, missing_extra
+from titan_core.quantization.machine import require, torchao
+from titan_core.runtime.errors import ConfigError, Problem
 
 _Made = TypeVar("_Made", bound=Linear)
 
@@ -35,10 +34,12 @@ def convert(
     said: list[str] = []
     for name in config.model.converters:
         if name == FLOAT8_EXPERTS:
-            said += convert_experts(model, config, device, whole=layout.pp == 1)
-            continue
-        part = _Part(model, family, sizes, layout)
-        said += (_float8 if name == FLOAT8 else _mx)(part, config, device)
+            said += experts.in_float8(model, config, device)
+        elif name == MX_EXPERTS:
+            said += experts.in_mx(model, config, device)
+        else:
+            part = _Part(model, family, sizes, layout)
+            said += (_float8 if name == FLOAT8 else _mx)(part, config, device)
     return said
 
 
@@ -100,8 +101,8 @@ def _float8(part: _Part, config: Config, device: torch.device) -> list[str]:
     options = config.quantize.linear.float8
     recipe = options.recipe_name or "tensorwise"
     if not options.emulate:
-        _require(device, (8, 9), "float8", f"set {FLOAT8}.emulate: the same rounding, in slower matmuls")
-    with _torchao():
+        require(device, (8, 9), "float8", f"set {FLOAT8}.emulate: the same rounding, in slower matmuls")
+    with torchao():
         from titan_core.quantization import float8
     choice = part.choose(Rules.of(options.filter_fqns, MULTIPLE[FLOAT8], recipe))
     arithmetic = float8.Arithmetic.of(recipe, emulate=options.emulate)
@@ -120,26 +121,13 @@ def _mx(part: _Part, config: Config, device: torch.device) -> list[str]:
     options = config.quantize.linear.mx
     if "emulated" not in options.recipe_name:
         other = options.recipe_name.replace("cublas", "emulated")
-        _require(device, (10, 0), "MXFP8", f"set {MX}.recipe_name to {other}: the same rounding, in slower matmuls")
-    with _torchao():
+        require(device, (10, 0), "MXFP8", f"set {MX}.recipe_name to {other}: the same rounding, in slower matmuls")
+    with torchao():
         from titan_core.quantization import mx
     choice = part.choose(Rules.of(options.filter_fqns, MULTIPLE[MX]))
     arithmetic = mx.Arithmetic.of(options.recipe_name, options.mxfp8_dim1_cast_kernel_choice)
     part.swap(choice, lambda layer: mx.MXLinear(layer, arithmetic), MX)
     return _said(options.recipe_name, choice)
-
-
-def _require(device: torch.device, capability: tuple[int, int], what: str, tip: str) -> None:
-    """Refuse a device whose matmuls cannot take the operands; nothing falls back without a word."""
-    if device.type != "cuda":
-        raise MachineError(f"{what} matmuls need a GPU, and this run is on the {device.type.upper()}", tip=tip)
-    found = torch.cuda.get_device_capability(device)
-    if found < capability:
-        raise MachineError(
-            f"{what} matmuls need compute capability {capability[0]}.{capability[1]}, and "
-            f"{torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}",
-            tip=tip,
-        )
 
 
 def _said(what: str, choice: Choice) -> list[str]:
@@ -148,19 +136,3 @@ def _said(what: str, choice: Choice) -> list[str]:
         said += f" (left out: {choice.reasons()})"
     unused = [f"`{pattern}` of filter_fqns matches nothing" for pattern in choice.unused]
     return [said, *unused]
-
-
-@contextmanager
-def _torchao() -> Iterator[None]:
-    """Import what needs torchao. torchao 0.18 makes torch 2.14 log two deprecations that no user can act on."""
-    logger = logging.getLogger("torch.utils._pytree")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except ImportError as error:
-        if error.name and error.name.partition(".")[0] == "torchao":
-            raise missing_extra("torchao", "quant") from None
-        raise
-    finally:
-        logger.setLevel(level)

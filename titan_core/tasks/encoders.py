@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_core.config import schema
 from titan_core.interop.loading import fill
@@ -32,6 +32,7 @@ from titan_core.nn.random import normal_rows
 from titan_core.runtime.errors import CheckpointError, DataError, missing_extra
 
 EMBEDDED = "embedded"
+Shard = Callable[[nn.Module], None]
 _CLIP_LENGTH = 77
 _WORD = re.compile(r"[a-z0-9]+")
 
@@ -119,9 +120,14 @@ class Words:
 
 
 class Pretrained:
-    """T5's encoder or CLIP's text encoder, of transformers. Padding is attended to, as Flux was trained."""
+    """T5's encoder or CLIP's text encoder, of transformers. Padding is attended to, as Flux was trained.
 
-    def __init__(self, kind: Literal["t5", "clip"], source: str, length: int, place: Place, *, random: bool) -> None:
+    `shard`, if there is one, lays the model out over ranks, which then must encode equally often.
+    """
+
+    def __init__(
+        self, kind: Literal["t5", "clip"], source: str, length: int, place: Place, *, random: bool, shard: Shard | None
+    ) -> None:
         self.kind, self.length, self.device = kind, length, place.device
         weights, tokenizer = _text_folders(source, kind)
         transformers = _transformers()
@@ -137,7 +143,11 @@ class Pretrained:
             reason = str(error).strip().split("\n")[0]
             tip = f"`titan download {source} --to DIR` and `--{key} DIR`, or `--{key} {EMBEDDED}` for the debug model"
             raise DataError(f"no {kind.upper()} text encoder `{source}`: {reason}", where=key, tip=tip) from error
-        self.model: Any = model.to(place.device, place.dtype).eval().requires_grad_(False)
+        self.model: Any = model.to(place.dtype).eval().requires_grad_(False)
+        if shard is None:
+            self.model.to(place.device)
+        else:
+            shard(self.model)
 
     @property
     def width(self) -> int:
@@ -296,7 +306,7 @@ class Encoders:
 
 
 def load_text_encoders(
-    config: schema.Encoder, widths: Widths, place: Place, *, random: bool = False
+    config: schema.Encoder, widths: Widths, place: Place, *, random: bool = False, shard: Shard | None = None
 ) -> tuple[TextEncoder, TextEncoder]:
     """Load what the config names; raises `DataError` if it is not there, or does not fit the model."""
     found: list[TextEncoder] = []
@@ -307,7 +317,8 @@ def load_text_encoders(
         if source == EMBEDDED:
             found.append(Words(width, length, place.device, pooled=kind == "clip"))
             continue
-        encoder = Pretrained(kind, source, length if kind == "t5" else _CLIP_LENGTH, place, random=random)
+        length = length if kind == "t5" else _CLIP_LENGTH
+        encoder = Pretrained(kind, source, length, place, random=random, shard=shard)
         if encoder.width != width:
             message = f"`{source}` gives {encoder.width} numbers, the model takes {width}"
             raise DataError(message, where=f"encoder.{kind}_encoder", tip="is it the encoder that Flux was made for?")

@@ -102,7 +102,7 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     if wrong:
         raise ConfigError(wrong)
     kind = kind_of(config, family, sizes)
-    kind.open(world.device, seed, listener)
+    kind.open(mesh, world.device, seed, listener)
     rows = global_batch_size(config, layout, global_batch, listener)
     built = build_model(config, world, mesh, family, sizes, seed, rows)
     balance = prepare(built.models, family, sizes, config, mesh, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from titan_core.declare.family import Family
 from titan_core.nn import flow
 from titan_core.nn.latents import coordinates, pack, unpack
 from titan_core.nn.random import normal_rows
+from titan_core.parallel.data_parallel import shard_frozen
 from titan_core.parallel.exchange import all_gather
 from titan_core.parallel.mesh import Mesh
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Listener, Sampled
 from titan_core.runtime.png import png
-from titan_core.tasks.encoders import Encoders, Place, Tokenizers, Widths, load_autoencoder, load_text_encoders
+from titan_core.tasks.encoders import Encoders, Place, Shard, Tokenizers, Widths, load_autoencoder, load_text_encoders
 from titan_core.tasks.flow_matching import BUCKETS, Draws, FlowBatch, FlowMatching, bucket_times, mix
 from titan_core.tasks.flow_sampling import Conditions, as_bytes, sample
 
@@ -45,6 +47,7 @@ class Images:
         self.device = torch.device("cpu")
         self.draws = Draws(0, config.flow_matching, config.training.classifier_free_guidance_prob)
         self.source: Any = None
+        self._shard: Shard | None = None
         self._texts: Tokenizers | None = None
         self._autoencoder: Any = None
         self._empty: tuple[Tensor, Tensor] | None = None
@@ -60,9 +63,10 @@ class Images:
         pooled = torch.zeros(rows, self.sizes.vector_dim)
         return self._batch(images, images.clone(), torch.zeros(rows), (text, pooled))
 
-    def open(self, device: torch.device, seed: int, listener: Listener) -> None:
-        """Open the data, and load the encoders unless it is encoded."""
+    def open(self, mesh: Mesh, device: torch.device, seed: int, listener: Listener) -> None:
+        """Open the data, and load the encoders unless it is encoded; those of texts are sharded where the model is."""
         training = self.config.training
+        self._shard = partial(shard_frozen, mesh=mesh) if mesh.layout.fsdp > 1 else None
         self.device, self.draws = device, replace(self.draws, seed=seed)
         self.source = open_pictures(
             training.dataset, training.dataset_path, self.config.data,
@@ -95,7 +99,9 @@ class Images:
         config, place = self.config, Place.of(self.config.encoder, self.device)
         random = config.training.test_mode
         if self._texts is None:
-            t5, clip = load_text_encoders(config.encoder, Widths.of(self.sizes), place, random=random)
+            t5, clip = load_text_encoders(
+                config.encoder, Widths.of(self.sizes), place, random=random, shard=self._shard
+            )
             self._texts = Tokenizers(t5, clip)
         return Encoders(self._texts.t5, self._texts.clip, self.autoencoder(), place)
 

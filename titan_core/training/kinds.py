@@ -32,7 +32,7 @@ class Kind(Protocol):
         """Return a batch of zeros on the CPU, as the task gets it."""
         ...
 
-    def open(self, device: torch.device, seed: int, listener: Listener) -> None:
+    def open(self, mesh: Mesh, device: torch.device, seed: int, listener: Listener) -> None:
         """Load tokenizers and encoders."""
         ...
 

@@ -66,7 +66,7 @@ class Language:
         tokens = torch.zeros(shape, dtype=torch.int64)
         return self.prepare(Batch(tokens, tokens.clone(), torch.zeros(shape, dtype=torch.int32)))
 
-    def open(self, device: torch.device, seed: int, listener: Listener) -> None:
+    def open(self, mesh: Mesh, device: torch.device, seed: int, listener: Listener) -> None:
         """Load the tokenizer; it must fit the model's vocabulary."""
         self.seed = seed
         self.tokenizer = load_tokenizer(self.config.model.hf_assets_path, listener)
