@@ -48,7 +48,7 @@ Target = typer.Argument(..., metavar="DST", help="What to write; must not be the
 Dtype = typer.Option(None, help="Cast floating-point tensors; default: as stored. fp8-block: float8 with block scales.")
 MaxShard = typer.Option("5GB", metavar="SIZE", help="Largest safetensors file.")
 Memory = typer.Option("1GiB", metavar="SIZE", help="Budget for numbers in memory, beside the largest stored piece.")
-Verify = typer.Option(True, "--verify/--no-verify", help="Read everything that was written again.")
+Verify = typer.Option(True, "--verify/--no-verify", help="Read everything that was written again, from the disk.")
 FamilyName = typer.Option(None, "--family", help="Model family, instead of what SRC says.")
 Flavor = typer.Option(None, help="Named sizes of the family, instead of what SRC says.")
 DryRun = typer.Option(False, "--dry-run", help="Check and plan from headers only, and stop.")
@@ -151,7 +151,7 @@ def _convert_here(output: Output, route: Route, places: tuple[str, str], options
 def _text(done: Converted) -> str:
     if done.dry_run:
         return f"{done.path}: {done.tensors} tensors, {done.bytes / 1e9:,.2f} GB, planned in {done.seconds:.1f} s"
-    verified = "" if done.verify_seconds is None else f", {done.verify_seconds:.1f} s of it verifying"
+    verified = ", verified" if done.verified else ""
     resumed = f", {done.resumed_bytes / 1e9:.2f} GB were there" if done.resumed_bytes else ""
     return (
         f"{done.path}: {done.tensors} tensors, {done.bytes / 1e9:.2f} GB in {done.seconds:.1f} s{verified}{resumed}, "

@@ -26,7 +26,7 @@ from titan_core.checkpoint.places import split
 from titan_core.checkpoint.reader import Reader
 from titan_core.checkpoint.saving import commit
 from titan_core.checkpoint.writer import Writer, piece_frame
-from titan_core.runtime.disk import WRITE_AT_ONCE, write_all
+from titan_core.runtime.disk import UncachedReader, UncachedWriter
 from titan_core.runtime.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -109,16 +109,6 @@ class StepSource:
             return piece
 
 
-def _hash_of(file: Any, offset: int, length: int) -> str:
-    """Return the hash of a part of a file, read again."""
-    digest, buffer = new_hash(), memoryview(bytearray(WRITE_AT_ONCE))
-    file.seek(offset)
-    while length and (count := file.readinto(buffer[: min(length, len(buffer))])):
-        digest.update(buffer[:count])
-        length -= count
-    return digest.hexdigest()
-
-
 class StepSink:
     """A step in a folder, written in jobs: each has a data file of its own, and the commit is that of any other step.
 
@@ -145,13 +135,13 @@ class StepSink:
         """Write a data file; the record says where in it each slab lies, with its hash."""
         placed: list[tuple[int, int, str]] = []
         at = 0
-        with self.path(job).open("wb", buffering=0) as file:
+        with UncachedWriter(self.path(job), new=True) as file:
             for slab, chunks in pieces:
                 head, tail = piece_frame(slab.size, self._index[slab.name][1])
                 start, digest = at, new_hash()
                 for part in itertools.chain((head,), chunks, (tail,)):
                     digest.update(part)
-                    write_all(file, part)
+                    file.write(part)
                     at += len(part)
                 placed.append((start, at - start, digest.hexdigest()))
         return {"pieces": placed}
@@ -159,9 +149,12 @@ class StepSink:
     def check(self, job: Any, record: dict[str, Any]) -> list[str]:
         """Read every slab again."""
         problems = []
-        with self.path(job).open("rb", buffering=0) as file:
+        with UncachedReader(self.path(job)) as file:
             for slab, (offset, length, wanted) in zip(job.slabs, record["pieces"], strict=True):
-                if _hash_of(file, offset, length) != wanted:
+                digest = new_hash()
+                for part in file.read(offset, length):
+                    digest.update(part)
+                if digest.hexdigest() != wanted:
                     problems.append(f"`{slab.name}` in {job.file} is not what was written")
         return problems
 

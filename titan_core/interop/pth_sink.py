@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from titan_core.interop.boxes import Index, Slab
-from titan_core.interop.files import ByteReader, Run
 from titan_core.interop.stream import Job, Pieces, divide, job_limit
-from titan_core.runtime.disk import WRITE_AT_ONCE, write_all
+from titan_core.runtime.disk import UncachedReader, UncachedWriter
 from titan_core.runtime.errors import UsageError
 from titan_core.runtime.torch_archive import Archive, has_storage_type, joined_crc
 
@@ -59,25 +58,26 @@ class PthSink:
     def write(self, job: Job, pieces: Pieces) -> dict[str, Any]:
         """Write slabs to their places; the record has the CRC of each."""
         crcs = []
-        with self.path(job).open("r+b", buffering=0) as file:
+        with UncachedWriter(self.path(job)) as file:
             for slab, chunks in pieces:
                 crc = 0
                 file.seek(self._offset(job.file, slab))
                 for chunk in chunks:
                     crc = zlib.crc32(chunk, crc)
-                    write_all(file, chunk)
+                    file.write(chunk)
                 crcs.append(crc)
         return {"crc": crcs}
 
     def check(self, job: Job, record: dict[str, Any]) -> list[str]:
         """Read every slab again."""
-        reader, buffer, problems = ByteReader(), memoryview(bytearray(WRITE_AT_ONCE)), []
-        for slab, wanted in zip(job.slabs, record["crc"], strict=True):
-            crc = 0
-            for chunk in Run(reader, self.path(job), self._offset(job.file, slab), self._bytes(slab)).chunks(buffer):
-                crc = zlib.crc32(chunk, crc)
-            if crc != wanted:
-                problems.append(f"`{slab.name}` in {job.file} is not what was written")
+        problems = []
+        with UncachedReader(self.path(job)) as file:
+            for slab, wanted in zip(job.slabs, record["crc"], strict=True):
+                crc = 0
+                for chunk in file.read(self._offset(job.file, slab), self._bytes(slab)):
+                    crc = zlib.crc32(chunk, crc)
+                if crc != wanted:
+                    problems.append(f"`{slab.name}` in {job.file} is not what was written")
         return problems
 
     def finish(self, records: dict[int, dict[str, Any]]) -> None:

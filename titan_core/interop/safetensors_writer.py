@@ -11,10 +11,9 @@ import torch
 import xxhash
 
 from titan_core.interop.boxes import Index, Shape, Slab
-from titan_core.interop.files import ByteReader, Run
 from titan_core.interop.safetensors import INDEX_SUFFIX, NAMES
 from titan_core.interop.stream import Job, Pieces, divide, job_limit
-from titan_core.runtime.disk import WRITE_AT_ONCE, write_all
+from titan_core.runtime.disk import UncachedReader, UncachedWriter
 from titan_core.runtime.errors import CheckpointError
 
 
@@ -67,26 +66,26 @@ class SafetensorsSink:
     def write(self, job: Job, pieces: Pieces) -> dict[str, Any]:
         """Write slabs to their places; the record has a hash of each."""
         hashes = []
-        with self.path(job).open("r+b", buffering=0) as file:
+        with UncachedWriter(self.path(job)) as file:
             for slab, chunks in pieces:
                 digest = xxhash.xxh3_128()
                 file.seek(self._offset(slab))
                 for chunk in chunks:
                     digest.update(chunk)
-                    write_all(file, chunk)
+                    file.write(chunk)
                 hashes.append(digest.hexdigest())
         return {"hashes": hashes}
 
     def check(self, job: Job, record: dict[str, Any]) -> list[str]:
         """Read every slab again."""
-        reader, buffer, problems = ByteReader(), memoryview(bytearray(WRITE_AT_ONCE)), []
-        for slab, wanted in zip(job.slabs, record["hashes"], strict=True):
-            digest = xxhash.xxh3_128()
-            size = slab.numel * self._index[slab.name][1].itemsize
-            for chunk in Run(reader, self.path(job), self._offset(slab), size).chunks(buffer):
-                digest.update(chunk)
-            if digest.hexdigest() != wanted:
-                problems.append(f"`{slab.name}` in {job.file} is not what was written")
+        problems = []
+        with UncachedReader(self.path(job)) as file:
+            for slab, wanted in zip(job.slabs, record["hashes"], strict=True):
+                digest = xxhash.xxh3_128()
+                for chunk in file.read(self._offset(slab), slab.numel * self._index[slab.name][1].itemsize):
+                    digest.update(chunk)
+                if digest.hexdigest() != wanted:
+                    problems.append(f"`{slab.name}` in {job.file} is not what was written")
         return problems
 
     def finish(self, records: dict[int, dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ is not done again after a kill. Jobs do not depend on the number of ranks.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -16,12 +15,12 @@ from typing import Any, Protocol
 
 from titan_core.interop.boxes import Index, Slab, Source, cut
 from titan_core.runtime.disk import WRITE_AT_ONCE
-from titan_core.runtime.distributed import ranks_from_environment
+from titan_core.runtime.errors import CheckpointError
 from titan_core.runtime.torch_archive import bytes_view
 
-_MOST_THREADS = 4
+_THREADS = 4  # jobs at once: more than two cores, since most of the time they wait for the disk
 # A slab that is changed exists up to four times in each thread: as read, in fp32, in the order of either side.
-SLABS_IN_MEMORY = 4 * _MOST_THREADS
+SLABS_IN_MEMORY = 4 * _THREADS
 _TELL_SECONDS = 0.1
 _LARGEST_SLAB = 64 << 20
 _FEWEST_JOBS = 64  # so many ranks have something to do, whatever their number
@@ -113,24 +112,27 @@ def run(
     sink: Sink,
     jobs: Sequence[Job],
     *,
+    verify: bool,
     done: Callable[[Job, dict[str, Any]], None],
     progress: Callable[[int], None],
 ) -> None:
-    """Do jobs, several at once. `done` is told of each, `progress` of bytes, both in the calling thread."""
-    spread(lambda job, meter: sink.write(job, _pieces(source, job, meter)), jobs, done=done, progress=progress)
+    """Do jobs, several at once; with `verify` each is read again. Raises `CheckpointError` if that differs.
 
-
-def spread(
-    work: Callable[[Job, Meter], Any],
-    jobs: Sequence[Job],
-    *,
-    done: Callable[[Job, Any], None],
-    progress: Callable[[int], None],
-) -> None:
-    """Call `work` for every job from a few threads: what takes the time (reading, hashing, writing) lets others run."""
+    `done` is told of each, `progress` of bytes, both in the calling thread. While one thread waits for the disk,
+    others read, change, hash and write.
+    """
     meter = Meter()
-    with ThreadPoolExecutor(num_threads(), "titan-convert") as pool:
-        waiting = {pool.submit(work, job, meter): job for job in jobs}
+
+    def work(job: Job) -> dict[str, Any]:
+        record = sink.write(job, _pieces(source, job, meter))
+        problems = sink.check(job, record) if verify else []
+        if problems:
+            message = f"{len(problems)} pieces differ from what was written: {'; '.join(problems[:4])}"
+            raise CheckpointError(message, tip="the disk or the memory of this machine is not sound")
+        return record
+
+    with ThreadPoolExecutor(_THREADS, "titan-convert") as pool:
+        waiting = {pool.submit(work, job): job for job in jobs}
         try:
             while waiting:
                 finished, _ = wait(waiting, timeout=_TELL_SECONDS, return_when=FIRST_COMPLETED)
@@ -141,12 +143,6 @@ def spread(
             meter.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def num_threads() -> int:
-    """Return how many jobs are done at once: one a core of this rank's, and two where there is one core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(2, min(_MOST_THREADS, cores // ranks_from_environment()[3]))
 
 
 class Meter:

@@ -68,13 +68,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made. `resumed_bytes` were there from a call that was killed; `peak_rss` is this process's, in bytes."""
+    """What was made. `resumed_bytes` were there from a call that was killed; `peak_rss` is this process's, in bytes.
+
+    `verified`: all that was written was read again, from the disk where its file system can, and has the same hashes.
+    """
 
     path: str
     tensors: int
     bytes: int
     seconds: float
-    verify_seconds: float | None
+    verified: bool
     resumed_bytes: int
     peak_rss: int
     dry_run: bool = False
@@ -106,17 +109,17 @@ def run(
     ranks.agree(lambda: _check_space(partial.folder, total, say) if ranks.is_main else None, target)
     if options.dry_run:
         return Converted(
-            target, len(view.index), total, time.perf_counter() - began, None, 0, peak_resident_bytes(), dry_run=True
+            target, len(view.index), total, time.perf_counter() - began, False, 0, peak_resident_bytes(), dry_run=True
         )
-    kept, verify_seconds = _make(view, sink, partial, ranks, options.verify, listener)
+    kept = _make(view, sink, partial, ranks, options.verify, listener)
     seconds = time.perf_counter() - began
-    return Converted(target, len(view.index), total, seconds, verify_seconds, kept, peak_resident_bytes())
+    return Converted(target, len(view.index), total, seconds, options.verify, kept, peak_resident_bytes())
 
 
 def _make(
     view: Source, sink: Any, partial: Partial, ranks: Ranks, verify: bool, listener: Listener
-) -> tuple[int, float | None]:
-    """Write, verify and commit; returns the bytes that a killed call had done, and the seconds of verification."""
+) -> int:
+    """Write, verify and commit; returns the bytes that a killed call had done."""
     target = str(partial.target)
     resumed = ranks.agree(lambda: partial.begin() if ranks.is_main else False, target, share=True)
     try:
@@ -128,8 +131,7 @@ def _make(
             listener(Note(f"going on: {kept:,} bytes are there"))
         todo = [job for job in ours if job.number not in known]
         with WriteBehind() as behind:
-            known |= ranks.agree(lambda: _work(view, sink, todo, partial, behind, ranks, listener), target)
-            verify_seconds = _verify(sink, ours, known, ranks, listener) if verify else None
+            known |= ranks.agree(lambda: _work(view, sink, todo, verify, partial, behind, ranks, listener), target)
         known = {number: record for found in ranks.gather(known, target) for number, record in found.items()}
         ranks.agree(lambda: _finish(sink, known, partial) if ranks.is_main else None, target)
     except Exception:
@@ -139,7 +141,7 @@ def _make(
     except BaseException:  # a signal: the next call goes on
         partial.release()
         raise
-    return kept, verify_seconds
+    return kept
 
 
 def _open(route: Route, source: str, options: Options) -> Opened:
@@ -294,12 +296,13 @@ def _work(
     view: Source,
     sink: Any,
     todo: list[stream.Job],
+    verify: bool,
     partial: Partial,
     behind: WriteBehind,
     ranks: Ranks,
     listener: Listener,
 ) -> dict[int, dict[str, Any]]:
-    """Do this rank's jobs and note each in the journal."""
+    """Do this rank's jobs, read each again if asked, and note it in the journal."""
     records: dict[int, dict[str, Any]] = {}
 
     def done(job: stream.Job, record: dict[str, Any]) -> None:
@@ -307,38 +310,14 @@ def _work(
         behind.start(sink.path(job))
         records[job.number] = record
 
-    stream.run(view, sink, todo, done=done, progress=_counter("convert", todo, ranks, listener))
+    stream.run(view, sink, todo, verify=verify, done=done, progress=_counter(todo, ranks, listener))
     return records
 
 
-def _verify(
-    sink: Any, jobs: list[stream.Job], records: dict[int, dict[str, Any]], ranks: Ranks, listener: Listener
-) -> float:
-    """Read everything that was written again, each rank its own jobs."""
-    began = time.perf_counter()
-    count = _counter("verify", jobs, ranks, listener)
-
-    def work() -> None:
-        problems: list[str] = []
-
-        def check(job: stream.Job, meter: stream.Meter) -> list[str]:
-            found = sink.check(job, records[job.number])
-            meter.add(job.num_bytes)
-            return found
-
-        stream.spread(check, jobs, done=lambda _, found: problems.extend(found), progress=count)
-        if problems:
-            message = f"{len(problems)} pieces differ from what was written: {'; '.join(problems[:4])}"
-            raise CheckpointError(message, tip="the disk or the memory of this machine is not sound")
-
-    ranks.agree(work, "verify")
-    return time.perf_counter() - began
-
-
-def _counter(what: str, jobs: list[stream.Job], ranks: Ranks, listener: Listener) -> Callable[[int], None]:
+def _counter(jobs: list[stream.Job], ranks: Ranks, listener: Listener) -> Callable[[int], None]:
     """Return what is told of each slab's bytes: the main rank shows its own share."""
     total, state = sum(job.num_bytes for job in jobs), [0, 0.0]
-    named = what if ranks.size == 1 else f"{what} 1/{ranks.size}"
+    named = "convert" if ranks.size == 1 else f"convert 1/{ranks.size}"
 
     def count(num_bytes: int) -> None:
         state[0] += num_bytes
