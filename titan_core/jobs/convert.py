@@ -116,9 +116,7 @@ def run(
     return Converted(target, len(view.index), total, seconds, options.verify, kept, peak_resident_bytes())
 
 
-def _make(
-    view: Source, sink: Any, partial: Partial, ranks: Ranks, verify: bool, listener: Listener
-) -> int:
+def _make(view: Source, sink: Any, partial: Partial, ranks: Ranks, verify: bool, listener: Listener) -> int:
     """Write, verify and commit; returns the bytes that a killed call had done."""
     target = str(partial.target)
     resumed = ranks.agree(lambda: partial.begin() if ranks.is_main else False, target, share=True)
