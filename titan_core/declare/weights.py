@@ -136,7 +136,8 @@ class Weights:
     mean this family; `library` is who reads such folders. `read_config(config)` returns
     the sizes, or raises `UsageError` for an architecture that the family does not compute; `write_config(sizes)`
     returns a `config.json` that transformers loads. `held(sizes, names)` returns the sizes without what a folder with
-    tensors of these names leaves out, though its config says that it is there.
+    tensors of these names leaves out, though its config says that it is there. `unscaled` are patterns of projections
+    that stay as they are where the others are stored in float8.
     """
 
     model_types: tuple[str, ...]
@@ -147,3 +148,4 @@ class Weights:
     single: SingleFile | None = None
     library: Literal["transformers", "diffusers"] = "transformers"
     held: Callable[[Any, Collection[str]], Any] = lambda sizes, names: sizes
+    unscaled: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -197,12 +198,15 @@ def _scaled(opened: Opened, view: Source) -> set[str]:
         return set(opened.scaled)
     if opened.family is None:
         raise UsageError("the family is not known, so neither is which weights are projections", where=opened.path)
-    mapping = work_out(foreign.weights_of(opened.family).rules(opened.sizes), opened.family.parameters(opened.sizes))
+    weights = foreign.weights_of(opened.family)
+    mapping = work_out(weights.rules(opened.sizes), opened.family.parameters(opened.sizes))
     roles = {p.name: p.role for p in opened.family.parameters(opened.sizes)}
     return {
         name
         for name, pieces in mapping.theirs.items()
-        if all(roles[piece.ours] in ("hidden", "expert") for piece in pieces) and len(view.index[name][0]) == 2
+        if all(roles[piece.ours] in ("hidden", "expert") for piece in pieces)
+        and len(view.index[name][0]) == 2
+        and not any(fnmatchcase(name, pattern) for pattern in weights.unscaled)
     }
 
 

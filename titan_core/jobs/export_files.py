@@ -30,7 +30,7 @@ Written by titan. Describe here what the model is for, what it was trained on, a
 def hf_files(opened: Opened, index: Index, dtype: str | None) -> dict[str, bytes]:
     """Return the files of a Hugging Face folder; what came with the weights is kept as it was where it still holds."""
     files = {name: content for name, content in opened.assets.items() if name not in _NOT_EXPORTED}
-    config = _config(opened)
+    config = _config(opened, index)
     if config:
         plain = _library(opened) == "diffusers"  # whose configs say nothing of dtypes and tokens
         changed = config if plain else _with_dtype(config, index, dtype)
@@ -66,7 +66,7 @@ def _says_enough(read: Any, sizes: Any) -> bool:
     return all(getattr(read, name) == getattr(sizes, name) for name in fields)
 
 
-def _config(opened: Opened) -> dict[str, Any]:
+def _config(opened: Opened, index: Index) -> dict[str, Any]:
     """Return the `config.json`: the one that came with the weights if it says the same sizes, else one of our own."""
     stored = opened.config_json()
     if opened.family is None:
@@ -74,7 +74,7 @@ def _config(opened: Opened) -> dict[str, Any]:
     weights = weights_of(opened.family)
     if stored:
         try:
-            if weights.read_config(stored) == opened.sizes:
+            if weights.held(weights.read_config(stored), index) == opened.sizes:
                 return stored
         except UsageError:
             pass  # it is of another model than the weights

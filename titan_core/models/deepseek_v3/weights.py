@@ -203,4 +203,5 @@ WEIGHTS = Weights(
     write_config=write_config,
     rules=hf_rules,
     held=held,
+    unscaled=("*.eh_proj.weight",),
 )
