@@ -132,6 +132,19 @@ def llama4_scaled() -> Any:
     return llama4(rope_parameters=rope, use_qk_norm=False, attn_temperature_tuning=False)
 
 
+def llama4_with_eyes() -> Any:
+    """The text model within the one that also sees."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4VisionConfig
+
+    text = llama4_experts().config
+    eyes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"vision_output_dim": 20, "projector_input_dim": 20, "projector_output_dim": 20, "image_size": 28}
+    config = Llama4Config(
+        vision_config=Llama4VisionConfig(**eyes, **ends, patch_size=14).to_dict(), text_config=text.to_dict()
+    )
+    return _random(Llama4ForConditionalGeneration(config))
+
+
 def llama4_experts(**changes: Any) -> Any:
     """Every second layer is a mixture; 12 experts in one tensor."""
     experts = {"num_local_experts": 12, "intermediate_size": 14, "moe_layers": None, "interleave_moe_layer_step": 2}

@@ -1,5 +1,6 @@
 """Weights go in and come out exact: transformers is the oracle for names, numbers and logits."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import titan_core
-from tests.interop.samples import MODELS, assert_same, hf_tensors, save, step_tensors
+from tests.interop.samples import MODELS, assert_same, hf_tensors, llama4_with_eyes, save, step_tensors
 from tests.ranks import run_ranks
 from titan_core.interop.loading import fill
 from titan_core.jobs import convert
@@ -146,3 +147,24 @@ def test_titan_trains_from_what_was_converted(saved, tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"tok_embeddings.weight is \(67, 36\), wanted \(2048, 36\)"):
         losses(tiny(tmp_path / "run", **args))
+
+
+def test_the_text_model_within_one_that_sees(tmp_path: Path) -> None:
+    model = llama4_with_eyes()
+    model.save_pretrained(tmp_path / "seeing", max_shard_size="20KB")
+    config = json.loads((tmp_path / "seeing/config.json").read_text())
+    config["text_config"] |= {"no_rope_layers": [], "attn_temperature_tuning": 4}  # so it was published
+    (tmp_path / "seeing/config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        logits = model.language_model(TOKENS).logits
+    said: list[str] = []
+    convert.run("hf-to-dcp", str(tmp_path / "seeing"), str(tmp_path / "dcp"), listener=lambda e: said.append(str(e)))
+    others = sum(not name.startswith("language_model.") for name in hf_tensors(tmp_path / "seeing"))
+    assert any(f"{others} tensors are of parts that llama4 has not: left out" in text for text in said)
+    for place in ("seeing", "dcp"):
+        assert (titan_core.load(str(tmp_path / place))(TOKENS) - logits).abs().max() < 1e-5
+    convert.run("dcp-to-hf", str(tmp_path / "dcp"), str(tmp_path / "text"))
+    text = {n.removeprefix("language_model."): t for n, t in hf_tensors(tmp_path / "seeing").items() if "language" in n}
+    assert_same(hf_tensors(tmp_path / "text"), text)
+    convert.run("hf-to-hf", str(tmp_path / "seeing"), str(tmp_path / "again"))
+    assert_same(hf_tensors(tmp_path / "again"), hf_tensors(tmp_path / "seeing"))

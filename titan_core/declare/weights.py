@@ -129,6 +129,20 @@ class SingleFile:
 
 
 @dataclass(frozen=True)
+class Composite:
+    """A larger model, of which the family computes a part.
+
+    In its `config.json` the part's lies under `config`, in its tensors' names the part's follow `prefix`. `others` are
+    the prefixes of what is left out.
+    """
+
+    model_types: tuple[str, ...]
+    config: str
+    prefix: str
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Weights:
     """What a family knows of foreign checkpoints.
 
@@ -137,7 +151,7 @@ class Weights:
     the sizes, or raises `UsageError` for an architecture that the family does not compute; `write_config(sizes)`
     returns a `config.json` that transformers loads. `held(sizes, names)` returns the sizes without what a folder with
     tensors of these names leaves out, though its config says that it is there. `unscaled` are patterns of projections
-    that stay as they are where the others are stored in float8.
+    that stay as they are where the others are stored in float8. `composite` are models that have one like it inside.
     """
 
     model_types: tuple[str, ...]
@@ -149,3 +163,4 @@ class Weights:
     library: Literal["transformers", "diffusers"] = "transformers"
     held: Callable[[Any, Collection[str]], Any] = lambda sizes, names: sizes
     unscaled: tuple[str, ...] = ()
+    composite: Composite | None = None

@@ -74,6 +74,26 @@ class TheirView:
         return None
 
 
+class InsideView:
+    """The tensors of a model that lies inside a larger one, under the names that it has alone.
+
+    What has neither `prefix` nor one of the `others` keeps its name: whoever accounts for names will refuse it.
+    """
+
+    def __init__(self, source: Source, prefix: str, others: tuple[str, ...]) -> None:
+        self.source = source
+        self.names = {n.removeprefix(prefix): n for n in source.index if not n.startswith(others)}
+        self.index: Index = {short: source.index[name] for short, name in self.names.items()}
+
+    def read(self, name: str, start: Shape, size: Shape) -> Tensor:
+        """Return a region."""
+        return self.source.read(self.names[name], start, size)
+
+    def locate(self, name: str, start: Shape, size: Shape) -> Run | None:
+        """Return where a region lies."""
+        return self.source.locate(self.names[name], start, size)
+
+
 def unequal_copies(source: Source, mapping: Mapping) -> list[str]:
     """Return the names of theirs that should repeat another tensor and do not; reads both."""
     return [

@@ -104,6 +104,8 @@ def run(
     view = ranks.agree(lambda: _view(route, opened, options), source)
     partial, sink = ranks.agree(lambda: _sink(route, opened, view, target, options), target)
     total = sum(job.num_bytes for job in sink.jobs)
+    if ranks.is_main and opened.left_out:
+        listener(Note(f"{opened.left_out} tensors are of parts that {opened.known_family().name} has not: left out"))
     if ranks.is_main:
         listener(Planned(_plan(opened, view, sink, total, target)))
     say = listener if options.dry_run else None
@@ -156,6 +158,8 @@ def _open(route: Route, source: str, options: Options) -> Opened:
         tip = f"`titan convert {fitting[0]}` reads that" if fitting else None
         raise UsageError(f"`{source}` is {foreign.SAYS[kind]}, not {foreign.SAYS[wanted]}", tip=tip)
     opened = open_weights(source, family_name=options.family, flavor=options.flavor)
+    if opened.left_out and route == "hf-to-hf":
+        return foreign.open_hf(source)  # nothing has to fit titan's model: all of it is kept
     foreign.check_copies(opened)
     return opened
 

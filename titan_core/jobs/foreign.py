@@ -20,14 +20,14 @@ from titan_core.config import schema
 from titan_core.config.load import to_dict
 from titan_core.data.tokenizer import load_tokenizer
 from titan_core.declare.family import Family
-from titan_core.declare.weights import MetaLayout, SingleFile, Weights
+from titan_core.declare.weights import Composite, MetaLayout, SingleFile, Weights
 from titan_core.interop.boxes import Source
 from titan_core.interop.files import inside
 from titan_core.interop.mapping import Mapping as WeightMap
 from titan_core.interop.mapping import work_out
 from titan_core.interop.pth import MetaSource, PthSource
 from titan_core.interop.safetensors import SafetensorsSource, parse_json
-from titan_core.interop.views import SCALE, Dequantised, OurView, unequal_copies
+from titan_core.interop.views import SCALE, Dequantised, InsideView, OurView, unequal_copies
 from titan_core.models import FAMILIES, family, resolve, sizes_from_dict
 from titan_core.runtime.errors import CheckpointError, DataError, UsageError
 
@@ -73,6 +73,8 @@ class Opened:
     mapping: WeightMap | None = None
     scaled: frozenset[str] = frozenset()
     """Names whose numbers were stored as float8 with block scales; `raw` reads them as plain numbers."""
+    left_out: int = 0
+    """Number of tensors that belong to other parts of a larger model."""
 
     @property
     def ours(self) -> Source:
@@ -137,7 +139,7 @@ def open_weights(path: str, *, family_name: str | None = None, flavor: str | Non
     if flavor is not None and family_name is None:
         raise UsageError("`--flavor` needs `--family`")
     kind = kind_of(path)
-    openers = {"hf": _open_hf, "meta": _open_meta, "torch": _open_torch, "bfl": _open_bfl}
+    openers = {"hf": open_hf, "meta": _open_meta, "torch": _open_torch, "bfl": _open_bfl}
     opened = _open_step(path, check) if kind == "dcp" else openers[kind](path)
     _identify(opened, family_name, flavor)
     if opened.family is not None:
@@ -206,7 +208,8 @@ def _open_step(path: str, check: bool = True) -> Opened:
     return Opened("dcp", step_path, StepSource(step_path, check=check), assets, shared=shared)
 
 
-def _open_hf(path: str) -> Opened:
+def open_hf(path: str) -> Opened:
+    """Open all tensors of a Hugging Face folder, without asking which model they are."""
     raw: Source = SafetensorsSource(path)
     opened = Opened("hf", path, raw, _read_assets(Path(path)))
     quantization = opened.config_json().get("quantization_config")
@@ -284,16 +287,38 @@ def _identify(opened: Opened, family_name: str | None, flavor: str | None) -> No
 def _identify_hf(opened: Opened) -> None:
     config = opened.config_json()
     if opened.family is None:
-        for name in FAMILIES:
-            weights = family(name).weights
-            if weights is not None and _said_type(config) in weights.model_types:
-                opened.family = family(name)
+        opened.family = next((chosen for name in FAMILIES if _means(config, chosen := family(name))), None)
     if opened.family is None:
         return
     if not config:
         raise UsageError("the folder has no config.json", where=opened.path, tip="--family and --flavor say what it is")
     weights = weights_of(opened.family)
+    if weights.composite is not None and _said_type(config) in weights.composite.model_types:
+        config = _look_inside(opened, config, weights.composite)
     opened.sizes = weights.held(weights.read_config(config), opened.raw.index)
+
+
+def _means(config: Mapping[str, Any], chosen: Family) -> bool:
+    """Does a config say that its model is of a family, or has one inside?"""
+    weights = chosen.weights
+    if weights is None:
+        return False
+    around = weights.composite.model_types if weights.composite else ()
+    return _said_type(config) in (*weights.model_types, *around)
+
+
+def _look_inside(opened: Opened, config: Mapping[str, Any], composite: Composite) -> dict[str, Any]:
+    """Let a larger model look like the part of it that titan computes, and return the part's config."""
+    inside = config.get(composite.config)
+    if not isinstance(inside, dict):
+        raise UsageError(f"config.json has no `{composite.config}`", where=opened.path)
+    if "dtype" in config or "torch_dtype" in config:
+        inside = {"dtype": config.get("dtype", config.get("torch_dtype")), **inside}
+    view = InsideView(opened.raw, composite.prefix, composite.others)
+    opened.scaled = frozenset(short for short, name in view.names.items() if name in opened.scaled)
+    opened.raw, opened.left_out = view, len(opened.raw.index) - len(view.index)
+    opened.assets["config.json"] = json.dumps(inside, indent=2).encode() + b"\n"
+    return inside
 
 
 def _said_type(config: Mapping[str, Any]) -> Any:

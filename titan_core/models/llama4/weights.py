@@ -8,7 +8,7 @@ from typing import Any
 from titan_core.declare import hf_decoder
 from titan_core.declare.hf_config import Config, read_llama3_scaling, write_llama3_scaling
 from titan_core.declare.hf_decoder import OURS, THEIRS
-from titan_core.declare.weights import Link, Part, Rule, Transpose, Weights
+from titan_core.declare.weights import Composite, Link, Part, Rule, Transpose, Weights
 from titan_core.models.llama4.flavors import Llama4Sizes, Temperature
 from titan_core.runtime.errors import UsageError
 
@@ -37,7 +37,7 @@ def read_config(config: Mapping[str, Any]) -> Llama4Sizes:
     read = Config(config)
     read.only(hidden_act="silu", attention_bias=False)
     layers = read.integer("num_hidden_layers")
-    tuned = read.boolean("attn_temperature_tuning", True)
+    tuned = bool(config.get("attn_temperature_tuning", True))  # published as 4
     temperature = Temperature(read.number("attn_scale", 0.1), int(read.number("floor_scale", 8192)))
     common = hf_decoder.read_sizes(
         read, norm_eps=1e-5, rope_theta=500000.0, max_seq_len=131072, ffn_dim="intermediate_size_mlp"
@@ -55,7 +55,9 @@ def read_config(config: Mapping[str, Any]) -> Llama4Sizes:
         **_read_experts(read, layers),
     )
     rotated = [0 if sizes.is_global(layer) else 1 for layer in range(layers)]
-    read.only(no_rope_layers=rotated, layer_types=_layer_types(sizes))
+    if config.get("no_rope_layers") != []:  # as published: every layer that is not global
+        read.only(no_rope_layers=rotated)
+    read.only(layer_types=_layer_types(sizes))
     return sizes
 
 
@@ -122,4 +124,15 @@ _OWN = {
     "route_scale": 1.0, "num_groups": 1, "score_bias": False,
 }  # fmt: skip
 
-WEIGHTS = Weights(model_types=("llama4_text",), read_config=read_config, write_config=write_config, rules=hf_rules)
+WEIGHTS = Weights(
+    model_types=("llama4_text",),
+    read_config=read_config,
+    write_config=write_config,
+    rules=hf_rules,
+    composite=Composite(
+        model_types=("llama4",),
+        config="text_config",
+        prefix="language_model.",
+        others=("vision_model.", "multi_modal_projector."),
+    ),
+)
