@@ -85,7 +85,7 @@ def test_a_rank_that_skips_a_collective(faulty: int, tmp_path: Path) -> None:
     ended, report = hang(tmp_path, skip, 2, faulty)
     for message, where, tip, seconds in ended:
         assert "the ranks do not match in all_reduce #" in message
-        assert "of group `default_pg` (float32 [])" in message
+        assert "of group `default_pg` (float32 [1])" in message
         assert f"rank {1 - faulty} entered it, but rank {faulty} is in all_gather #" in message
         assert "called by forward_backward (titan_core/parallel/data_parallel.py:" in message
         assert where == str(tmp_path / "comm_traces" / "report.txt")
@@ -134,7 +134,7 @@ def test_sizes_that_differ(tmp_path: Path, capfd) -> None:
     """Gloo ends the process of the rank that receives too much."""
     _, report = hang(tmp_path, widen, 3, 1, dies=True)
     assert "the ranks do not match in all_reduce #" in report
-    assert "(float32 []): ranks 0, 2 entered it, but rank 1 is in all_reduce #" in report
+    assert "(float32 [1]): ranks 0, 2 entered it, but rank 1 is in all_reduce #" in report
     assert "(float32 [100]), called by widen (training/test_hang.py:" in report
     assert "was ended by a C++ exception in all_reduce #" in report
     assert "Received data size doesn't match" in capfd.readouterr().err

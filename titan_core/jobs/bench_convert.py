@@ -49,7 +49,7 @@ def run(
 ) -> list[ConvertRow]:
     """Copy and convert the same files in turn, each in a process of its own, the source in the page cache.
 
-    The copy does not wait for the disk and checks nothing; titan does both.
+    `cp` does not wait for the disk, `cp+sync` does, and neither checks anything; titan does both.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="titan-bench-") as place:
         source, target = Path(place) / "source", Path(place) / "target"
@@ -57,6 +57,7 @@ def run(
         dcp = Path(__file__).parent / "peers" / "dcp_converter.py"
         words = {
             "cp": ["cp", "-r"],
+            "cp+sync": ["sh", "-c", 'cp -r "$1" "$2" && sync', "sh"],
             "dcp": [sys.executable, str(dcp)],
             "titan": [sys.executable, "-m", "titan_cli", "--quiet", "convert", "hf-to-dcp"],
         }
