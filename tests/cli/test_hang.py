@@ -53,7 +53,7 @@ def test_a_rank_that_sleeps_is_named_and_woken(tmp_path: Path) -> None:
     assert error["kind"] == "CollectiveFailed"
     assert error["where"] == "run/comm_traces/report.txt"
     found = re.fullmatch(
-        r"rank 1 is missing in all_reduce #\d+ of group `default_pg` \(float32 \[\]\), where rank 0 waits: "
+        r"rank 1 is missing in all_reduce #\d+ of group `default_pg` \(float32 \[1\]\), where rank 0 waits: "
         r"rank 1 is in no collective but in reduce \(.*fault\.py:\d+\): time\.sleep\(1000\); its last .*",
         error["message"],
     )
