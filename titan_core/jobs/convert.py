@@ -32,7 +32,7 @@ from titan_core.jobs.partial import Partial
 from titan_core.runtime.disk import WriteBehind
 from titan_core.runtime.errors import CheckpointError, MachineError, UsageError
 from titan_core.runtime.events import Listener, Note, Planned, Progress, Warned, silent
-from titan_core.runtime.host_memory import keep_freed_memory, peak_resident_bytes
+from titan_core.runtime.host_memory import peak_resident_bytes
 
 Route = Literal[
     "hf-to-dcp", "dcp-to-hf", "meta-to-dcp", "dcp-to-meta", "bfl-to-dcp", "dcp-to-bfl", "dcp-to-torch", "hf-to-hf"
@@ -99,7 +99,6 @@ def run(
     """
     ranks, options = ranks or Ranks.present(), options or Options()
     began = time.perf_counter()
-    keep_freed_memory()
     opened = ranks.agree(lambda: _open(route, source, options), source)
     view = ranks.agree(lambda: _view(route, opened, options), source)
     partial, sink = ranks.agree(lambda: _sink(route, opened, view, target, options), target)
