@@ -158,10 +158,11 @@ def test_block_scaled_float8_comes_in(folder: Path, tmp_path: Path) -> None:
     convert.run("hf-to-dcp", str(folder), str(tmp_path / "dcp"))
     convert.run("dcp-to-hf", str(tmp_path / "dcp"), str(tmp_path / "fp8"), Options(dtype="fp8-block"))
     stored = hf_tensors(tmp_path / "fp8")
-    name = "model.layers.2.eh_proj.weight"
+    name = "model.layers.2.self_attn.o_proj.weight"
     assert stored[name].dtype == torch.float8_e4m3fn
+    assert stored["model.layers.2.eh_proj.weight"].dtype == torch.float32  # as DeepSeek stores it
     opened = open_weights(str(tmp_path / "fp8"))
-    found = opened.ours.read("mtp.0.proj.weight", (0, 0), (36, 72)).float()
+    found = opened.ours.read("mtp.0.block.attention.wo.weight", (0, 0), tuple(stored[name].shape)).float()
     assert found == pytest.approx(stored[name].float() * stored[f"{name}_scale_inv"], rel=2**-8)
     assert "model.layers.2.embed_tokens.weight_scale_inv" not in stored
 
