@@ -29,6 +29,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"tp": 2},
     "tensor, whole stream": {"tp": 2, "sp": False},
     "context": {"cp": 2},
+    "context, ring": {"cp": 2, "cp_by": "alltoall"},
+    "context, heads": {"cp": 2, "cp_by": "heads"},
     "expert": {"dp": 2, "ep": 2},
     "expert over tensor": {"tp": 2, "ep": 2},
 }
@@ -65,7 +67,7 @@ def test_blocks_compile_on_tensor_parallel_ranks(tmp_path: Path) -> None:
 
 def test_the_next_tokens_loss_does_not_depend_on_a_weight_of_zero(tmp_path: Path) -> None:
     """With weight 0, and gradients not clipped, the main model is trained as if the layers were not there."""
-    without = run({}, tmp_path / "without", **{"model.args.num_mtp_layers": 0})
+    without = run({}, tmp_path / "without", **{"model.args.num_mtp_layers": 0, "training.mtp_loss_weight": 0.3})
     with_them = run({}, tmp_path / "with", **{"training.mtp_loss_weight": 0})
     assert with_them.losses == without.losses
     assert without.further == [{}] * len(without.losses)
@@ -82,3 +84,18 @@ def test_pipelines_are_refused_with_the_way_out(tmp_path: Path) -> None:
         "mtp.0.tok_embeddings.weight is tied to tok_embeddings.weight, and they would lie in different pipeline stages"
     )
     assert problem.tip == "set pipeline_parallel_degree to 1, or untie them (`--model.args.num_mtp_layers 0`)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({**MTP, "model.args.num_mtp_layers": 0}, "set model.args.num_mtp_layers, or leave it out"),
+        ({"training.mtp_loss_weight": 0.7}, "leave it out"),
+    ],
+)
+def test_a_weight_without_layers_is_refused(changes: dict[str, Any], way_out: str, tmp_path: Path) -> None:
+    config = tiny(tmp_path, **changes).config
+    family, sizes = resolve(config.model)
+    (problem,) = legal.problems(config, Layout.of(config.parallelism, 1), family, sizes)
+    assert problem.message.startswith("`training.mtp_loss_weight` does nothing")
+    assert problem.tip == way_out

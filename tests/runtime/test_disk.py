@@ -3,7 +3,9 @@
 import errno
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,19 +21,24 @@ def test_runs_of_any_place_and_length(way: str, tmp_path: Path, monkeypatch: pyt
     if way == "cached":
         monkeypatch.setattr(disk, "_UNCACHED", 0)
     if way == "refused":  # a file system that opens such files and then wants other blocks
-        write, opened = os.pwrite, set()
+        opened: list[int] = []
 
-        def uncached(path: Path, flags: int) -> int | None:
-            opened.add(os.open(path, flags))
-            return max(opened) if flags == os.O_WRONLY else None
+        def uncached(path: Path, flags: int) -> int:
+            opened.append(os.open(path, flags))
+            return opened[-1]
 
-        def pwrite(handle: int, data: memoryview, offset: int) -> int:
-            if handle in opened:
-                raise OSError(errno.EINVAL, "Invalid argument")
-            return write(handle, data, offset)
+        def refusing(plain: Callable[..., int]) -> Callable[..., int]:
+            def call(handle: int, *rest: Any) -> int:
+                if handle in opened:
+                    opened.remove(handle)  # once: the number may be that of the file that is opened instead
+                    raise OSError(errno.EINVAL, "Invalid argument")
+                return plain(handle, *rest)
+
+            return call
 
         monkeypatch.setattr(disk, "_open_uncached", uncached)
-        monkeypatch.setattr(os, "pwrite", pwrite)
+        for name in ("pwrite", "preadv"):
+            monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     path = tmp_path / "file"
     path.write_bytes(bytes(len(CONTENT)))
     runs = list(itertools.pairwise(CUTS))

@@ -131,14 +131,9 @@ def flux(
     from titan_cli.display import Display
     from titan_core.jobs import generate_flux as job
 
-    named = {
-        "t5_encoder": t5 or encoders,
-        "clip_encoder": clip or encoders,
-        "autoencoder_path": autoencoder or encoders,
-    }
     options = job.Options(
         pixels, steps, guidance, real_guidance, shift, seed, num_images, batch_size, out,
-        {key: value for key, value in named.items() if value is not None}, compiled, sheet, quantize,
+        _encoders(encoders, t5, clip, autoencoder), compiled, sheet, quantize,
     )  # fmt: skip
     with Display(output) as display, worker.worker_listener(display) as listener:
         result = job.run(checkpoint, texts, options, device=device, listener=listener)
@@ -191,3 +186,9 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.replace(" ", "").split(",")]
     except ValueError:
         raise UsageError(f"`--prompt-ids` cannot be `{text}`", tip="numbers with commas between, e.g. 1,2,3") from None
+
+
+def _encoders(together: str | None, t5: str | None, clip: str | None, autoencoder: str | None) -> dict[str, str]:
+    """Return where encoders are to be found instead of where the checkpoint says."""
+    named = {"t5_encoder": t5, "clip_encoder": clip, "autoencoder_path": autoencoder}
+    return {key: place for key, own in named.items() if (place := own or together) is not None}

@@ -77,12 +77,14 @@ class TheirView:
 class InsideView:
     """The tensors of a model that lies inside a larger one, under the names that it has alone.
 
-    What has neither `prefix` nor one of the `others` keeps its name: whoever accounts for names will refuse it.
+    What has neither `prefix` nor one of the `others` keeps its name, as does what would get the name of another:
+    whoever accounts for names will refuse it.
     """
 
     def __init__(self, source: Source, prefix: str, others: tuple[str, ...]) -> None:
         self.source = source
-        self.names = {n.removeprefix(prefix): n for n in source.index if not n.startswith(others)}
+        kept = [name for name in source.index if not name.startswith(others)]
+        self.names = {name if (short := name.removeprefix(prefix)) in source.index else short: name for name in kept}
         self.index: Index = {short: source.index[name] for short, name in self.names.items()}
 
     def read(self, name: str, start: Shape, size: Shape) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from titan_core.config.layout import Layout
 from titan_core.config.quantize import FLOAT8_EXPERTS, MULTIPLE, MX_EXPERTS, rows_and_columns
-from titan_core.config.schema import Config
+from titan_core.config.schema import Config, Training
 from titan_core.declare.family import Family
 from titan_core.declare.parameters import Parameter
 from titan_core.estimation.memory import BYTES
@@ -26,6 +26,7 @@ def problems(config: Config, layout: Layout, family: Family, sizes: Any) -> list
         *_backend(config, layout),
         *_quantized(config, layout, family),
         *_quantized_experts(config, layout, family, sizes),
+        *_further_tokens(config, family, sizes),
         *family.problems(config, sizes),
     ]
 
@@ -149,6 +150,14 @@ def _experts(config: Config, layout: Layout, family: Family, sizes: Any) -> Iter
     if (count // layout.ep) % shards and any(shape[1] // layout.expert_tp % shards for shape in shapes):
         message = f"{count // layout.ep} experts a rank, {shapes[0][1]} wide, do not divide over {shards} shards"
         yield Problem(key, message, tip=f"raise it to {min(count, layout.ep * shards)}")
+
+
+def _further_tokens(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:
+    key = "training.mtp_loss_weight"
+    if config.training.mtp_loss_weight != Training().mtp_loss_weight and not getattr(sizes, "num_mtp_layers", 0):
+        message = f"`{key}` does nothing: this {family.name} has no layers of multi-token prediction"
+        tip = "set model.args.num_mtp_layers, or leave it out" if hasattr(sizes, "num_mtp_layers") else "leave it out"
+        yield Problem(key, message, tip=tip)
 
 
 def _products(config: Config, family: Family, sizes: Any) -> Iterator[Problem]:

@@ -90,6 +90,7 @@ class UncachedReader:
 
     def __init__(self, path: Path) -> None:
         direct = _open_uncached(path, os.O_RDONLY)
+        self._path, self._direct = path, direct is not None
         self._file = os.open(path, os.O_RDONLY) if direct is None else direct
         self._buffer = _new_block()
         self._base = self._end = 0  # where in the file the buffer begins, and how much of it is filled
@@ -106,12 +107,22 @@ class UncachedReader:
         while offset < end:
             if not self._base <= offset < self._base + self._end:
                 self._base = offset - offset % _ALIGNMENT
-                self._end = os.preadv(self._file, [self._buffer], self._base)
+                self._end = self._fill()
                 if self._base + self._end <= offset:
                     return
             found = self._buffer[offset - self._base : min(self._end, end - self._base)]
             yield found
             offset += len(found)
+
+    def _fill(self) -> int:
+        try:
+            return os.preadv(self._file, [self._buffer], self._base)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            os.close(self._file)  # its blocks are larger than ours
+            self._file, self._direct = os.open(self._path, os.O_RDONLY), False
+            return os.preadv(self._file, [self._buffer], self._base)
 
 
 def _new_block() -> memoryview:
