@@ -232,7 +232,9 @@ def _usage_error(error: Any) -> UsageError:
     message = error.format_message().strip().rstrip(".")
     message = message[:1].lower() + message[1:]
     message = message.replace("int range", "integer").replace("float range", "number")
-    found = re.search(r"[ .]*\(Possible options?: ([^,)]+).*\)$|[ .]*Did you mean '?([^',?]+)'?.*$", message)
+    found = re.search(r"[ .]*\(Possible options?: (.+)\)$|[ .]*Did you mean '?([^',?]+)'?.*$", message)
     if found is None:
         return UsageError(message, tip=f"`{where} --help` shows what it takes")
-    return UsageError(message[: found.start()], tip=f"did you mean `{found.group(1) or found.group(2)}`?")
+    near = (found.group(1) or found.group(2)).split(", ")  # in the order of the alphabet
+    nearest = difflib.get_close_matches(str(getattr(error, "option_name", "")), near, n=1, cutoff=0.0)[0]
+    return UsageError(message[: found.start()], tip=f"did you mean `{nearest}`?")

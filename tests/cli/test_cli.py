@@ -116,6 +116,11 @@ MISTAKES = {
     "unknown command": (["tran"], 2, "did you mean `train`"),
     "unknown subcommand": (["config", "shw"], 2, "did you mean `show`"),
     "unknown option": (["train", "--dry-rnu"], 2, "did you mean `--dry-run`"),
+    "option with several neighbours": (
+        ["generate", "flux", "--checkpoint", "x", "--quantise", "y"],
+        2,
+        "did you mean `--quantize`",
+    ),
     "not an integer": (["train", "--until", "x"], 2, "'x' is not a valid integer"),
     "not a time": (["train", "--grace", "soon"], 2, "--grace"),
     "no port to meet at": (["train", "--nnodes", "2", "--rdzv", "node01"], 2, "HOST:PORT"),
