@@ -89,6 +89,13 @@ class LazyGroup(typer.core.TyperGroup):
             raise UsageError(f"no such command `{args[0]}`", tip=tip)
         return super().resolve_command(ctx, args)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Typer would turn Ctrl-C into an exit code without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted") from None
+
 
 app = typer.Typer(
     cls=LazyGroup,

@@ -558,3 +558,13 @@ def test_bash_completes_with_the_script(tmp_path: Path) -> None:
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )
     assert done.stdout.strip() == "--optimizer.lr"
+
+
+def test_ctrl_c_is_answered(capsys, monkeypatch) -> None:
+    from titan_core.jobs import doctor
+
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupted)
+    assert call("doctor", capsys=capsys) == (130, "", "error: interrupted\n")

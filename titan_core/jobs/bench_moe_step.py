@@ -14,6 +14,7 @@ from titan_core.data.loader import Batch
 from titan_core.jobs.side_by_side import Row, agree, pair, take_turns
 from titan_core.models import family
 from titan_core.nn.experts import Backend, Experts
+from titan_core.quantization.machine import torchao
 from titan_core.runtime.errors import missing_extra
 from titan_core.runtime.events import Listener, silent
 from titan_core.tasks.causal_lm import CausalLM
@@ -50,9 +51,12 @@ def run(
 
 def _transformers(config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        with torchao():  # transformers imports it where it is installed
+            import transformers
+            from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError:
         raise missing_extra("transformers", "test") from None
+    transformers.logging.disable_progress_bar()
     loaded = DeepseekV3ForCausalLM.from_pretrained(None, config=DeepseekV3Config(**config), state_dict=tensors)
     return loaded.train()
 
