@@ -29,7 +29,7 @@ class RankFailed(AssertionError):
     """A rank raised, died or did not end in time."""
 
 
-def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Return what `function(*args)` returned on each of `size` ranks, with gloo between them.
 
     The ranks find RANK, WORLD_SIZE and the rest in their environment. Raises `RankFailed` with the first traceback.

@@ -36,7 +36,7 @@ def first_steps(resolved: Resolved, ranks: int) -> Seen:
     """Train a few steps on so many ranks; every rank must report the same numbers."""
     if ranks == 1:
         return _run(resolved)
-    everyone = run_ranks(_run, ranks, resolved, timeout=120)
+    everyone = run_ranks(_run, ranks, resolved)
     assert all(_numbers(one) == _numbers(everyone[0]) for one in everyone)
     gradients: dict[str, Tensor] = {}
     for one in everyone:

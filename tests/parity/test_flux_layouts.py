@@ -102,7 +102,7 @@ def test_validation_is_the_same_on_every_layout(name: str, tmp_path: Path) -> No
     assert loss == pytest.approx(sum(parts.values()) / 8, rel=0.05)  # 20 samples: two or three at each time
     assert _validated(tiny(tmp_path / "again"))[:2] == (loss, parts)
     layout = LAYOUTS[name]
-    ranks = run_ranks(_validated, ranks_of(layout), tiny(tmp_path / "many", layout), timeout=120)
+    ranks = run_ranks(_validated, ranks_of(layout), tiny(tmp_path / "many", layout))
     for found, more, _ in ranks:
         assert found == pytest.approx(loss, rel=1e-6)
         assert more == pytest.approx(parts, rel=1e-6)
