@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # ranks are forked; a parent with a thread 
 os.environ["HF_HUB_OFFLINE"] = "1"  # without it an unreachable hub costs 23 s a call
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+os.environ.setdefault("TITAN_DEVICE", "cpu")  # also where there is a GPU; tests that need one ask for it
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)
 

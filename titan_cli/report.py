@@ -10,11 +10,12 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 
 from titan_cli.context import State
+from titan_core.runtime.version import titan_version
 
 
 def write_report(error: BaseException, state: State) -> str:
     """Write the traceback, versions, command line and config to a file and return its path."""
-    lines = [f"titan {version('titan-pretrain')}, python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"titan {titan_version()}, python {platform.python_version()}, {platform.platform()}"]
     for package in ("torch", "triton", "typer", "datasets", "tokenizers", "transformers"):
         try:
             lines.append(f"{package} {version(package)}")

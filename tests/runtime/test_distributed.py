@@ -77,3 +77,11 @@ def test_every_group_gets_the_timeout() -> None:
     assert set(found) == {"world", "axis", "new", "flat"}
     assert all(0.9 < found[name] < 3 for name in ("world", "axis", "new"))
     assert found["flat"] < 3  # it may share the world's connections, which are dead already
+
+
+def test_the_environment_names_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TITAN_DEVICE", "cpu")
+    assert distributed.default_device_type() == "cpu"
+    monkeypatch.delenv("TITAN_DEVICE")
+    assert distributed.default_device_type() == "cuda"

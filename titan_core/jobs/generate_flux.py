@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from titan_core.runtime.distributed import World
 from titan_core.runtime.errors import RunFailed, UsageError
 from titan_core.runtime.events import Listener, Note, Progress, silent
 from titan_core.runtime.png import png
+from titan_core.runtime.version import titan_version
 from titan_core.tasks.encoders import Encoders, Place, Widths, load_autoencoder, load_text_encoders
 
 _DEV_GUIDANCE, _REAL_GUIDANCE = 3.5, 3.0
@@ -215,7 +215,7 @@ class _Work:
         height, width, _ = pixels.shape
         path = self.folder / f"{number:04d}-{n:02d}.png"
         said = {"prompt": prompt, "seed": seed, "checkpoint": self.checkpoint, **self.told()}
-        said |= {"model": self.source.opened.known_family().name, "titan": version("titan-pretrain")}
+        said |= {"model": self.source.opened.known_family().name, "titan": titan_version()}
         content = png(pixels.numpy().tobytes(), width, height, {"prompt": prompt, "titan": json.dumps(said)})
         try:
             path.write_bytes(content)

@@ -14,9 +14,20 @@ from titan_core.nn.random import fill_normal
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, device: torch.device) -> None:
-    """Allocate a meta model on `device` and draw its weights: a pure function of seed and name, whatever the layout."""
+def materialise(
+    model: nn.Module,
+    declared: Sequence[Parameter],
+    seed: int,
+    device: torch.device,
+    buffers_on: torch.device | None = None,
+) -> None:
+    """Allocate a meta model on `device` and draw its weights: a pure function of seed and name, whatever the layout.
+
+    Buffers, which nobody gathers, are where the computation is: `buffers_on`, if weights wait elsewhere.
+    """
     model.to_empty(device=device)
+    if buffers_on is not None:
+        _move_buffers(model, buffers_on)
     table = {parameter.name: parameter for parameter in declared}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name not in table:  # a buffer that is not stored: what is counted anew
@@ -38,6 +49,12 @@ def materialise(model: nn.Module, declared: Sequence[Parameter], seed: int, devi
             std=parameter.init.std,
             cut=parameter.init.cut,
         )
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(buffer, device=device)
 
 
 def stored_buffers(model: nn.Module) -> dict[str, Tensor]:

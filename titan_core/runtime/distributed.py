@@ -53,7 +53,7 @@ def start(timeout_seconds: float = 300, device: str | None = None, *, always_gro
     `MachineError` if the device is not there or the other ranks are not.
     """
     rank, size, local_rank, local_size = ranks_from_environment()
-    kind = device or os.environ.get("TITAN_DEVICE") or default_device_type()
+    kind = device or default_device_type()
     if kind == "cuda" and not torch.cuda.is_available():
         raise MachineError("no CUDA device is visible", tip="`titan doctor` says what this machine has")
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
@@ -72,8 +72,8 @@ def start(timeout_seconds: float = 300, device: str | None = None, *, always_gro
 
 
 def default_device_type() -> str:
-    """Return `cuda` where a GPU is visible, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return what TITAN_DEVICE names, else `cuda` where a GPU is visible, else `cpu`."""
+    return os.environ.get("TITAN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def stop() -> None:

@@ -168,7 +168,7 @@ def build_model(
     laid = lay_out(config, mesh, family, sizes, world.device)
     host = torch.device("cpu") if config.training.enable_cpu_offload else world.device
     for part, stage in zip(laid.parts, laid.stages, strict=True):
-        materialise(part.model, family.parameters(sizes), seed, host)
+        materialise(part.model, family.parameters(sizes), seed, host, buffers_on=world.device)
         data_parallel.replicate(stage, mesh, world.device)
     models = [part.model for part in laid.parts]
     task = laid.parts[-1].task
