@@ -12,6 +12,10 @@ from titan_core.estimation.peaks import peak_flops
 from titan_core.jobs import train
 from titan_core.parallel import data_parallel, parallelize
 from titan_core.runtime import distributed
+from titan_core.runtime.events import silent
+from titan_core.training import step
+from titan_core.training.build import build
+from titan_core.training.step import _agree
 
 MIXTURES = ("qwen3 experts", "deepseek_v3")
 BF16 = {"training.mixed_precision_param": "bfloat16"}
@@ -106,15 +110,36 @@ def test_float8_experts_stay_near_bf16(tmp_path: Path) -> None:
     assert_near(found, on_cpu("qwen3 experts"), 5e-2)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_waits_for_the_device_once(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def agree(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("default")  # here it must: what goes into the weights is looked at
+        return _agree(*args)
+
+    monkeypatch.setattr(step, "_agree", agree)
+    parts = build(config(tmp_path, model).config, distributed.start(), silent)
+    try:
+        for number in range(3):
+            if number:  # the first one may: kernels are compiled and chosen
+                torch.cuda.set_sync_debug_mode("error")
+            step.forward_backward(parts, lambda: next(parts.loader))
+            if number:
+                torch.cuda.set_sync_debug_mode("error")
+            parts.update(1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        parts.loader.close()
+
+
 def test_memory_and_mfu_are_reported(tmp_path: Path) -> None:
     found = steps(config(tmp_path, "llama3"))
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    for step in found:
-        assert 0 < step.extra["memory/max_active(GiB)"] <= step.memory_gib < total
-        assert step.memory_share == pytest.approx(step.memory_gib / total)
-        assert step.extra["memory/num_ooms"] == 0
+    for done in found:
+        assert 0 < done.extra["memory/max_active(GiB)"] <= done.memory_gib < total
+        assert done.memory_share == pytest.approx(done.memory_gib / total)
+        assert done.extra["memory/num_ooms"] == 0
     peak = peak_flops(torch.cuda.get_device_name())
-    assert all((step.mfu is None) == (peak is None) for step in found)
+    assert all((done.mfu is None) == (peak is None) for done in found)
     if peak is not None:
         assert found[-1].mfu == pytest.approx(found[-1].tflops * 1e12 / peak)
         assert 0 < found[-1].mfu < 1

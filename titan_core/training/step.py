@@ -40,7 +40,8 @@ def forward_backward(parts: Parts, read: Callable[[], Any]) -> Outcome:
     batches = [parts.cutter(parts.kind.prepare(read().to(parts.world.device))) for _ in range(parts.microbatches)]
     weights = torch.stack([parts.task.weight(batch).reshape(-1) for batch in batches]).sum(0).float()
     totals = _all_reduce(weights * parts.counts, parts)
-    factors = totals.new_tensor(list(parts.task.factors.values()))
+    # filled on the device: a list that is copied there would wait for the update of the step before
+    factors = torch.cat([totals.new_full((1,), factor) for factor in parts.task.factors.values()])
     sums = parts.parallel.forward_backward(batches, factors / totals.clamp(min=1))
     parts.balance.collect()
     stages = parts.mesh.pp_group if parts.mesh.layout.pp > 1 else None
