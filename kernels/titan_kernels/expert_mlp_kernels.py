@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from titan_kernels import grouped_gemm_kernels as gemm
-from titan_kernels.grouped_gemm_kernels import GemmConfig, planned_tile, rows_block, weight_block
+from titan_kernels.grouped_gemm_kernels import GemmConfig, planned_tile, steps_of, weight_block
 from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
+from titan_kernels.tensor_maps import blocks_of, halves, load_rows, rows_of, store_rows
 
-# By (major compute capability, bytes of an element). Untuned: never measured on a GPU. The forward tile has two
-# accumulators and the backward tile reads gate and up beside its own, so both are half as wide as a plain product's.
+# By (major compute capability, bytes of an element). The forward tile has two accumulators and the backward tile reads
+# gate and up beside its own, so both are half as wide as a plain product's. The backward one is written in two pieces:
+# six values an element of the whole tile do not fit in registers.
 CONFIGS = {
     (8, 2): GemmConfig(128, 64, 64, num_warps=8, num_stages=3),
     (8, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
@@ -55,7 +57,7 @@ def forward(
     num_rows = x.shape[0] if source_R is None else source_R.shape[0]
     tiles = gemm.plan(ends_E, num_rows, config.block_m)
     hidden, gate, up = gated_product(x, w1_EFD, w3_EFD, tiles, num_rows, save, source_R, top_k, config)
-    down = gemm.config_for(hidden, *w2_EDF.shape[1:])
+    down = gemm.config_for(hidden, w2_EDF.shape[1])
     if down.block_m != config.block_m:
         tiles = gemm.plan(ends_E, num_rows, down.block_m)
     return gemm.product(hidden, w2_EDF, tiles, down, transposed=False), gate, up
@@ -76,7 +78,7 @@ def backward(
     config = config_for(x_RD, w1_EFD.shape[1])
     tiles = gemm.plan(ends_E, x_RD.shape[0], config.block_m)
     grad_gate, grad_up, hidden, grad_weights = gate_gradient(grad_RD, gate_RF, up_RF, w2_EDF, tiles, weights_R, config)
-    down = gemm.config_for(x_RD, x_RD.shape[1], w1_EFD.shape[1])
+    down = gemm.paired(gemm.config_for(x_RD, x_RD.shape[1]))
     if down.block_m != config.block_m:
         tiles = gemm.plan(ends_E, x_RD.shape[0], down.block_m)
     grad_x = gemm.product(grad_gate, w1_EFD, tiles, down, transposed=True, also=(grad_up, w3_EFD))
@@ -102,14 +104,16 @@ def gated_product(
     if hidden.numel() == 0 or x.numel() == 0:
         return hidden.zero_(), gate.zero_(), up.zero_()
     gathered = source_R is not None
-    mapped = config.tensor_map and takes_tensor_map(w1_EFD, w3_EFD, *(() if gathered else (x,)))
-    block = [1, config.block_n, config.block_k]
+    mapped = config.tensor_map and takes_tensor_map(x, w1_EFD, w3_EFD, hidden)
+    weights = [blocks_of(weight, [1, config.block_n, config.block_k], mapped) for weight in (w1_EFD, w3_EFD)]
+    written = [
+        rows_of(y if y.numel() else hidden, [config.block_m, config.block_n], mapped) for y in (hidden, gate, up)
+    ]
     _gated_product[(num_programs(x) * config.programs,)](
-        gemm.operand(x, [config.block_m, config.block_k], mapped and not gathered),
-        gemm.operand(w1_EFD, block, mapped), gemm.operand(w3_EFD, block, mapped),
-        source_R if gathered else tiles, hidden, gate, up, tiles, width_n, width_k, num_experts, top_k,
+        x if gathered else rows_of(x, [config.block_m, config.block_k], mapped), *weights,
+        source_R if gathered else tiles, *written, tiles, width_n, width_k, num_experts, top_k,
         SAVE=save, GATHERED=gathered, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0,
-        PRECISION=dot_precision(x), **gemm.blocks_of(config),
+        PRECISION=dot_precision(x), **gemm.constants_of(config),
     )  # fmt: skip
     return hidden, gate, up
 
@@ -131,87 +135,81 @@ def gate_gradient(
     partial = grad_RD.new_empty(gate_RF.shape[0] if weighted else 0, tiles_n, dtype=torch.float32)
     if grad_gate.numel() == 0 or width_k == 0:
         return grad_gate.zero_(), grad_up.zero_(), hidden.zero_(), partial.zero_().sum(1)
-    mapped = config.tensor_map and takes_tensor_map(grad_RD, w2_EDF)
+    mapped = config.tensor_map and takes_tensor_map(grad_RD, w2_EDF, gate_RF, up_RF)
+    piece = [config.block_m, config.block_n // 2]
     _gate_gradient[(num_programs(grad_RD) * config.programs,)](
-        gemm.operand(grad_RD, [config.block_m, config.block_k], mapped),
-        gemm.operand(w2_EDF, [1, config.block_k, config.block_n], mapped),
-        gate_RF, up_RF, weights_R if weighted else gate_RF, grad_gate, grad_up, hidden, partial, tiles,
-        width_n, width_k, num_experts,
+        rows_of(grad_RD, [config.block_m, config.block_k], mapped),
+        blocks_of(w2_EDF, [1, config.block_k, config.block_n], mapped),
+        *(rows_of(x, piece, mapped) for x in (gate_RF, up_RF, grad_gate, grad_up, hidden)),
+        weights_R if weighted else gate_RF, partial, tiles, width_n, width_k, num_experts,
         WEIGHTED=weighted, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(grad_RD),
-        **gemm.blocks_of(config),
+        **gemm.constants_of(config),
     )  # fmt: skip
     return grad_gate, grad_up, hidden, partial.sum(1)
 
 
 @triton.jit
 def _gated_product(
-    x, w1, w3, source_ptr, hidden_ptr, gate_ptr, up_ptr, tiles_ptr, width_n, width_k, num_experts, top_k,
+    x, w1, w3, source_ptr, hidden, gate, up, tiles_ptr, width_n, width_k, num_experts, top_k,
     SAVE: tl.constexpr, GATHERED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
-    for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
-        rows = row + tl.arange(0, BLOCK_M)
-        steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+        expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
+        n *= BLOCK_N
+        one = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        three = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if GATHERED:
-            source = tl.load(source_ptr + rows, mask=rows < end, other=-1)
+            rows = row + tl.arange(0, BLOCK_M)
+            source = tl.load(source_ptr + rows, mask=rows < stop, other=-1)
             tokens = (source // top_k).to(tl.int64)[:, None] * width_k
             placed = (source >= 0)[:, None]
-        for step in range(steps):
+        for step in range(steps_of(row, stop, width_k, BLOCK_K)):
             k = step * BLOCK_K
             if GATHERED:
                 column = (k + tl.arange(0, BLOCK_K))[None, :]
                 a = tl.load(x + tokens + column, mask=placed if EVEN_K else placed & (column < width_k), other=0.0)
             else:
-                a = rows_block(x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
-            b = weight_block(w1, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, False, TENSOR_MAP)
-            gate = tl.dot(a, b, gate, input_precision=PRECISION)
-            b = weight_block(w3, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, False, TENSOR_MAP)
-            up = tl.dot(a, b, up, input_precision=PRECISION)
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (column < width_n)[None, :]
-        at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
-        dtype = hidden_ptr.dtype.element_ty
-        tl.store(hidden_ptr + at, (gate * tl.sigmoid(gate) * up).to(dtype), mask=inside)
+                a = load_rows(x, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+            b = weight_block(w1, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, False, TENSOR_MAP)
+            one = tl.dot(a, b, one, input_precision=PRECISION)
+            b = weight_block(w3, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, False, TENSOR_MAP)
+            three = tl.dot(a, b, three, input_precision=PRECISION)
+        store_rows(hidden, row, end, n, width_n, one * tl.sigmoid(one) * three, TENSOR_MAP)
         if SAVE:
-            tl.store(gate_ptr + at, gate.to(dtype), mask=inside)
-            tl.store(up_ptr + at, up.to(dtype), mask=inside)
+            store_rows(gate, row, end, n, width_n, one, TENSOR_MAP)
+            store_rows(up, row, end, n, width_n, three, TENSOR_MAP)
 
 
 @triton.jit
 def _gate_gradient(
-    grad, w2, gate_ptr, up_ptr, weights_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, partial_ptr, tiles_ptr,
-    width_n, width_k, num_experts,
+    grad, w2, gate, up, grad_gate, grad_up, hidden, weights_ptr, partial_ptr, tiles_ptr, width_n, width_k, num_experts,
     WEIGHTED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
-    for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+        expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
-        steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(steps):
+        for step in range(steps_of(row, stop, width_k, BLOCK_K)):
             k = step * BLOCK_K
-            a = rows_block(grad, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
-            b = weight_block(w2, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, True, TENSOR_MAP)
+            a = load_rows(grad, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+            b = weight_block(
+                w2, expert, n * BLOCK_N, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, True, TENSOR_MAP
+            )
             total = tl.dot(a, b, total, input_precision=PRECISION)
         weight = tl.full((BLOCK_M,), 1.0, tl.float32)
         if WEIGHTED:
-            weight = tl.load(weights_ptr + rows, mask=rows < end, other=0.0).to(tl.float32)
-        # A half at a time: six values an element of the whole tile do not fit in registers (1.6 kB spilt a thread).
-        halves = total.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1)
-        left, right = halves.split()
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+            weight = tl.load(weights_ptr + rows, mask=rows < stop, other=0.0).to(tl.float32)
+        left, right = halves(total)
         products = _gate_gradient_at(
-            left, rows, column, end, weight, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, width_n
+            left, row, end, stop, n * BLOCK_N, weight, gate, up, grad_gate, grad_up, hidden, width_n, TENSOR_MAP
         )
         products += _gate_gradient_at(
-            right, rows, column + BLOCK_N // 2, end, weight,
-            gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, width_n,
+            right, row, end, stop, n * BLOCK_N + BLOCK_N // 2, weight,
+            gate, up, grad_gate, grad_up, hidden, width_n, TENSOR_MAP,
         )  # fmt: skip
         if WEIGHTED:
             tl.store(partial_ptr + rows.to(tl.int64) * tiles_n + n, products, mask=rows < end)
@@ -219,20 +217,19 @@ def _gate_gradient(
 
 @triton.jit
 def _gate_gradient_at(
-    grad, rows, column, end, weight, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr, width_n
+    grad, row, end, stop, column, weight, gate, up, grad_gate, grad_up, hidden, width, TENSOR_MAP: tl.constexpr
 ):
     """Write what follows from the gradient to some columns of hidden rows; return its products with those, summed."""
-    inside = (rows < end)[:, None] & (column < width_n)[None, :]
-    at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
-    dtype = hidden_ptr.dtype.element_ty
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    hidden = silu * up
-    products = tl.sum(tl.where(inside, grad * hidden, 0.0), 1)
-    tl.store(hidden_ptr + at, (hidden * weight[:, None]).to(dtype), mask=inside)
+    ROWS: tl.constexpr = grad.shape[0]
+    COLUMNS: tl.constexpr = grad.shape[1]
+    gated = load_rows(gate, row, stop, column, width, ROWS, COLUMNS, TENSOR_MAP, False).to(tl.float32)
+    upward = load_rows(up, row, stop, column, width, ROWS, COLUMNS, TENSOR_MAP, False).to(tl.float32)
+    sigmoid = tl.sigmoid(gated)
+    silu = gated * sigmoid
+    product = silu * upward
+    products = tl.sum(grad * product, 1)
+    store_rows(hidden, row, end, column, width, product * weight[:, None], TENSOR_MAP)
     grad *= weight[:, None]
-    tl.store(grad_up_ptr + at, (grad * silu).to(dtype), mask=inside)
-    tl.store(grad_gate_ptr + at, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=inside)
+    store_rows(grad_up, row, end, column, width, grad * silu, TENSOR_MAP)
+    store_rows(grad_gate, row, end, column, width, grad * upward * (sigmoid + silu * (1 - sigmoid)), TENSOR_MAP)
     return products

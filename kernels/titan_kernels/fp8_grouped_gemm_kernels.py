@@ -14,17 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titan_kernels.grouped_gemm_kernels import (
-    GemmConfig,
-    blocks_of,
-    operand,
-    plan,
-    planned_tile,
-    rows_block,
-    tile_at,
-    weight_block,
-)
+from titan_kernels.grouped_gemm_kernels import GemmConfig, constants_of, plan, planned_tile, tile_at, weight_block
 from titan_kernels.launch import num_programs, takes_tensor_map
+from titan_kernels.tensor_maps import blocks_of, load_rows, rows_of
 
 # Untuned: never measured on a GPU. A blockwise product holds two accumulators, the sum and the 128 steps being added to
 # it. block_k is the width of a scale, and block_n of a blockwise product must not exceed it.
@@ -50,12 +42,12 @@ def product(
     config = replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(width_n))))
     mapped = config.tensor_map and takes_tensor_map(q_RK, q_ENK)
     _product[(num_programs(q_RK) * config.programs,)](
-        operand(q_RK, [config.block_m, config.block_k], mapped),
-        operand(q_ENK, [1, config.block_n, config.block_k], mapped),
+        rows_of(q_RK, [config.block_m, config.block_k], mapped),
+        blocks_of(q_ENK, [1, config.block_n, config.block_k], mapped),
         y, plan(ends_E, num_rows, config.block_m), scale, weight_scale,
         scale.stride(-1), weight_scale.stride(0), weight_scale.stride(1), weight_scale.stride(-1),
         width_n, width_k, num_experts,
-        BLOCKWISE=blockwise, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, **blocks_of(config),
+        BLOCKWISE=blockwise, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, **constants_of(config),
     )  # fmt: skip
     return y
 
@@ -76,10 +68,10 @@ def weight_gradient(
         return gradient.zero_()
     mapped = config.tensor_map and takes_tensor_map(grad_OR, x_IR)
     _weight_gradient[(num_programs(x_IR) * config.programs,)](
-        operand(grad_OR, [config.block_m, config.block_k], mapped),
-        operand(x_IR, [config.block_n, config.block_k], mapped),
+        blocks_of(grad_OR, [config.block_m, config.block_k], mapped),
+        blocks_of(x_IR, [config.block_n, config.block_k], mapped),
         grad_scale_BO, x_scale_BI, gradient, ends_E, num_rows, grad_OR.stride(0), out, width, num_experts,
-        TENSOR_MAP=mapped, **blocks_of(config),
+        TENSOR_MAP=mapped, **constants_of(config),
     )  # fmt: skip
     return gradient
 
@@ -89,21 +81,22 @@ def _product(
     x, weight, y_ptr, tiles_ptr, scale_ptr, weight_scale_ptr,
     scale_stride, expert_stride, n_stride, k_stride, width_n, width_k, num_experts,
     BLOCKWISE: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
     for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
+        expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         column = n * BLOCK_N + tl.arange(0, BLOCK_N)
         steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
         weight_scales = weight_scale_ptr + expert.to(tl.int64) * expert_stride
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(steps):
-            a = rows_block(x, rows, row, end, step * BLOCK_K, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+            a = load_rows(x, row, stop, step * BLOCK_K, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
             b = weight_block(
-                weight, expert, n * BLOCK_N, step * BLOCK_K, width_n, width_k, BLOCK_N, BLOCK_K, False, TENSOR_MAP
-            )
+                weight, expert, n * BLOCK_N, step * BLOCK_K, width_n, width_k, num_experts,
+                BLOCK_N, BLOCK_K, False, TENSOR_MAP,
+            )  # fmt: skip
             if BLOCKWISE:
                 at = scale_ptr + step * scale_stride + rows
                 scale = tl.load(at, mask=rows < end, other=0.0)
@@ -158,7 +151,7 @@ def _scaled_step(
 def _weight_gradient(
     grad, x, grad_scale_ptr, x_scale_ptr, gradient_ptr, ends_ptr, num_rows, stride, out, width, num_experts,
     TENSOR_MAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
     for index in range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):

@@ -2,7 +2,10 @@
 
 One product a tile of rows of one expert. A plan, made on the device, lists these tiles, so that the persistent programs
 of a product neither search for their group nor need the host to know its size. What belongs to nobody (rows after the
-last end) is planned as an expert past the last, with no steps over K: its tiles write zeros.
+last end) is planned as an expert past the last: its tiles read zeros for one step, and write them.
+
+The loop over tiles and the one over a tile's sum are flattened into one by the compiler, so that the copy engine
+fetches the next tile's operands while this one is written, which it also does itself, a piece at a time.
 
 Bound: 2*R*O*I operations; bytes (R*I + E*O*I + R*O) * e. At 128 x 256 tiles a bf16 product needs 85 operations a byte
 of shared-memory fill, so L2 feeds it where tiles that run together share rows (`group_m`).
@@ -16,16 +19,15 @@ of shared-memory fill, so L2 feeds it where tiles that run together share rows (
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from titan_kernels import permutation_kernels
 from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
+from titan_kernels.tensor_maps import blocks_of, halves, load_rows, rows_of, store_rows
 
 
 @dataclass(frozen=True)
@@ -37,35 +39,35 @@ class GemmConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    pieces: int = 1  # in how many parts the tile is written, 1 or 2: half the buffer leaves room for a stage
     group_m: int = 8  # how many tiles of rows run together, for L2
     programs: int = 1  # how many run on a multiprocessor at a time
     tensor_map: bool = True  # use the copy engine where there is one and the operands are aligned
 
 
-# By (major compute capability, bytes of an element). Untuned: never measured on a GPU. 128 x 256 is the largest
-# accumulator that eight warps hold in registers (128 of 255 each), and the stages are what shared memory takes. Full
-# fp32 goes through the ordinary units; fed by the copy engine it spilt 5.7 kB a thread (Triton 3.8, sm_90).
+# By (major compute capability, bytes of an element). 128 x 256 is the largest accumulator that eight warps hold in
+# registers (128 of 255 each), and the stages are what shared memory takes beside the piece that is written. Full fp32
+# goes through the ordinary units; fed by the copy engine it spilt 5.7 kB a thread (Triton 3.8, sm_90).
 CONFIGS = {
     (8, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
     (8, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
-    (9, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
+    (9, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4, pieces=2),
     (9, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
-    (10, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4),
+    (10, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4, pieces=2),
     (10, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
 }
-# Where the sum is short, filling the pipeline and writing the tile take as long as adding up: two programs that fit on
-# a multiprocessor together (98 kB and 128 x 197 registers each) hide that behind each other's sums. Untuned as well.
-SHORT = 1024
-CONFIGS_SHORT = {(9, 2): GemmConfig(128, 128, 64, num_warps=4, num_stages=3, programs=2)}
 PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
 
 
-def config_for(x: Tensor, width_n: int, width_k: int | None = None) -> GemmConfig:
-    """Return the configuration for operands like `x`, `width_n` columns, and a sum over `width_k`, or over rows."""
-    key = min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)
-    short = width_k is not None and width_k <= SHORT
-    config = CONFIGS_SHORT.get(key, CONFIGS[key]) if short else CONFIGS[key]
+def config_for(x: Tensor, width_n: int) -> GemmConfig:
+    """Return the configuration for operands like `x` and `width_n` columns."""
+    config = CONFIGS[min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)]
     return replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(width_n))))
+
+
+def paired(config: GemmConfig) -> GemmConfig:
+    """Return `config` for two products in one: as many blocks in flight, in half as many stages of twice the blocks."""
+    return replace(config, num_stages=max(2, config.num_stages // 2))
 
 
 def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
@@ -82,13 +84,13 @@ def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
 
 def forward(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch y = x @ weight[e].T."""
-    config = config or config_for(x_RI, *weight_EOI.shape[1:])
+    config = config or config_for(x_RI, weight_EOI.shape[1])
     return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m), config, transposed=False)
 
 
 def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch grad_x = grad @ weight[e]."""
-    config = config or config_for(grad_RO, weight_EOI.shape[2], weight_EOI.shape[1])
+    config = config or config_for(grad_RO, weight_EOI.shape[2])
     return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
 
 
@@ -96,7 +98,7 @@ def forward_blocks(
     x_RI: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
 ) -> Tensor:
     """Launch y = x @ weight[e].T where blocks of rows share an expert."""
-    config = fitting(config or config_for(x_RI, *weight_EOI.shape[1:]), block_rows)
+    config = fitting(config or config_for(x_RI, weight_EOI.shape[1]), block_rows)
     tiles = plan_blocks(expert_B, x_RI.shape[0], config.block_m, weight_EOI.shape[0])
     return product(x_RI, weight_EOI, tiles, config, transposed=False)
 
@@ -105,7 +107,7 @@ def input_gradient_blocks(
     grad_RO: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
 ) -> Tensor:
     """Launch grad_x = grad @ weight[e] where blocks of rows share an expert."""
-    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2], weight_EOI.shape[1]), block_rows)
+    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2]), block_rows)
     tiles = plan_blocks(expert_B, grad_RO.shape[0], config.block_m, weight_EOI.shape[0])
     return product(grad_RO, weight_EOI, tiles, config, transposed=True)
 
@@ -160,16 +162,16 @@ def product(
     if y.numel() == 0 or width_k == 0:
         return y.zero_()
     others = also or (x_RK, weight)
-    mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others)
+    mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others, y)
     x_block = [config.block_m, config.block_k]
     weight_block = [1, config.block_k, config.block_n] if transposed else [1, config.block_n, config.block_k]
     _product[(num_programs(x_RK) * config.programs,)](
-        operand(x_RK, x_block, mapped), operand(weight, weight_block, mapped),
-        operand(others[0], x_block, mapped), operand(others[1], weight_block, mapped),
-        y, tiles, width_n, width_k, weight.shape[0],
+        rows_of(x_RK, x_block, mapped), blocks_of(weight, weight_block, mapped),
+        rows_of(others[0], x_block, mapped), blocks_of(others[1], weight_block, mapped),
+        rows_of(y, [config.block_m, config.block_n // config.pieces], mapped),
+        tiles, width_n, width_k, weight.shape[0],
         PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0,
-        PRECISION=dot_precision(x_RK),
-        **blocks_of(config),
+        PRECISION=dot_precision(x_RK), **constants_of(config),
     )  # fmt: skip
     return y
 
@@ -191,27 +193,24 @@ def weight_gradient(
     gradient = x_RI.new_empty(ends_E.shape[0], out, width)
     if gradient.numel() == 0 or num_rows == 0:
         return gradient.zero_()
-    mapped = config.tensor_map and takes_tensor_map(grad_RO, x_RI)
+    mapped = config.tensor_map and takes_tensor_map(grad_RO, x_RI, gradient)
     _weight_gradient[(num_programs(x_RI) * config.programs,)](
-        operand(grad_RO, [config.block_k, config.block_m], mapped),
-        operand(x_RI, [config.block_k, config.block_n], mapped),
-        gradient, ends_E, ends_E if blocks is None else blocks, num_rows, out, width, ends_E.shape[0],
-        BLOCK_ROWS=block_rows, TENSOR_MAP=mapped, PRECISION=dot_precision(x_RI), **blocks_of(config),
+        rows_of(grad_RO, [config.block_k, config.block_m], mapped),
+        rows_of(x_RI, [config.block_k, config.block_n], mapped),
+        blocks_of(gradient, [1, config.block_m, config.block_n // config.pieces], mapped),
+        ends_E, ends_E if blocks is None else blocks, num_rows, out, width, ends_E.shape[0],
+        BLOCK_ROWS=block_rows, TENSOR_MAP=mapped, PRECISION=dot_precision(x_RI), **constants_of(config),
     )  # fmt: skip
     return gradient
 
 
-def operand(x: Tensor, block: list[int], mapped: bool) -> Any:
-    """Return `x` as a kernel takes it: a description of its blocks for the copy engine, or a pointer."""
-    return TensorDescriptor.from_tensor(x, block) if mapped else x
-
-
-def blocks_of(config: GemmConfig) -> dict[str, int]:
+def constants_of(config: GemmConfig) -> dict[str, int]:
     """Return the constants of a kernel that `config` sets."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
+        "PIECES": config.pieces,
         "GROUP_M": config.group_m,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -270,30 +269,28 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Return (expert, first row, end of the expert's rows, tile of columns) of the index-th tile of a plan."""
+def planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M: tl.constexpr):
+    """Return (expert, first row, end of the expert's rows, end of what is read, tile of columns) of a plan's tile.
+
+    Nothing is read for nobody's rows, as the end is where they begin.
+    """
     tile, n = tile_at(index, tiles_m, tiles_n, GROUP_M)
     entry = tiles_ptr + (1 + tile) * 4
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), n
+    expert, row, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    return expert, row, end, tl.where(expert < num_experts, end, row), n
 
 
 @triton.jit
-def rows_block(
-    x, rows, row, end, k, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN: tl.constexpr
-):
-    """Load x[row : row + ROWS, k : k + COLUMNS]; through pointers, rows from `end` on are zeros."""
-    if TENSOR_MAP:
-        block = x.load([row, k])
-    else:
-        column = k + tl.arange(0, COLUMNS)
-        mask = (rows < end)[:, None] if EVEN else (rows < end)[:, None] & (column < width)[None, :]
-        block = tl.load(x + rows.to(tl.int64)[:, None] * width + column[None, :], mask=mask, other=0.0)
-    return block
+def steps_of(row, stop, width, BLOCK: tl.constexpr):
+    """Return the steps over `width`: one, of zeros, where no row is read. Loops that run at least once flatten."""
+    steps = tl.where(row < stop, tl.cdiv(width, BLOCK), 1)
+    tl.assume(steps > 0)
+    return steps
 
 
 @triton.jit
 def weight_block(
-    weight, expert, n, k, width_n, width_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    weight, expert, n, k, width_n, width_k, num_experts, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr,
 ):  # fmt: skip
     """Load a block of weight[expert], (N, K) or if TRANSPOSED (K, N), as (BLOCK_K, BLOCK_N); zeros outside."""
@@ -306,82 +303,89 @@ def weight_block(
         column, step = (n + tl.arange(0, BLOCK_N))[None, :], (k + tl.arange(0, BLOCK_K))[:, None]
         at = step * width_n + column if TRANSPOSED else column * width_k + step
         start = expert.to(tl.int64) * width_n * width_k
-        block = tl.load(weight + start + at, mask=(column < width_n) & (step < width_k), other=0.0)
+        inside = (column < width_n) & (step < width_k) & (expert < num_experts)
+        block = tl.load(weight + start + at, mask=inside, other=0.0)
     return block
 
 
 @triton.jit
 def _product(
-    x, weight, other_x, other_weight, y_ptr, tiles_ptr, width_n, width_k, num_experts,
+    x, weight, other_x, other_weight, y, tiles_ptr, width_n, width_k, num_experts,
     PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(tiles_ptr)
     tiles_n = tl.cdiv(width_n, BLOCK_N)
-    for index in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        expert, row, end, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, GROUP_M)
-        rows = row + tl.arange(0, BLOCK_M)
-        steps = tl.where(expert < num_experts, tl.cdiv(width_k, BLOCK_K), 0)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+        expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
+        n *= BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(steps):
+        for step in range(steps_of(row, stop, width_k, BLOCK_K)):
             k = step * BLOCK_K
-            a = rows_block(x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
-            b = weight_block(weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP)
+            a = load_rows(x, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+            b = weight_block(
+                weight, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
+            )
             total = tl.dot(a, b, total, input_precision=PRECISION)
-        if PAIR:
-            for step in range(steps):
-                k = step * BLOCK_K
-                a = rows_block(other_x, rows, row, end, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
+            if PAIR:
+                a = load_rows(other_x, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
                 b = weight_block(
-                    other_weight, expert, n * BLOCK_N, k, width_n, width_k, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
+                    other_weight, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
                 )
                 total = tl.dot(a, b, total, input_precision=PRECISION)
-        column = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (rows < end)[:, None] & (column < width_n)[None, :]
-        at = rows.to(tl.int64)[:, None] * width_n + column[None, :]
-        tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+        if PIECES == 2:
+            left, right = halves(total)
+            store_rows(y, row, end, n, width_n, left, TENSOR_MAP)
+            store_rows(y, row, end, n + BLOCK_N // 2, width_n, right, TENSOR_MAP)
+        else:
+            store_rows(y, row, end, n, width_n, total, TENSOR_MAP)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _weight_gradient(
-    grad, x, gradient_ptr, ends_ptr, blocks_ptr, num_rows, out, width, num_experts,
+    grad, x, gradient, ends_ptr, blocks_ptr, num_rows, out, width, num_experts,
     BLOCK_ROWS: tl.constexpr, TENSOR_MAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Sum over rows. The tiles of an expert are neighbours, so that even one hot expert spreads over all programs."""
     tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    for index in range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
         expert = index // (tiles_m * tiles_n)
         m, n = tile_at(index % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
         m, n = m * BLOCK_M, n * BLOCK_N
         start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends_ptr + expert)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if BLOCK_ROWS:
-            steps: tl.constexpr = BLOCK_ROWS // BLOCK_K
-            for step in range(start * steps, end * steps):
-                row = tl.load(blocks_ptr + step // steps) * BLOCK_ROWS + step % steps * BLOCK_K
-                rows = row + tl.arange(0, BLOCK_K)
-                a = rows_block(grad, rows, row, num_rows, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
-                b = rows_block(x, rows, row, num_rows, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
-                total = tl.dot(a.T, b, total, input_precision=PRECISION)
+        first, stop = start, tl.minimum(end, num_rows)
+        for step in range(steps_of(start, end, (end - start) * (BLOCK_ROWS if BLOCK_ROWS else 1), BLOCK_K)):
+            if BLOCK_ROWS:
+                block = start + step * BLOCK_K // BLOCK_ROWS
+                first = tl.load(blocks_ptr + block, mask=block < end, other=0) * BLOCK_ROWS
+                row = first + step * BLOCK_K % BLOCK_ROWS
+                stop = tl.where(block < end, row + BLOCK_K, row)
+            else:
+                row = start + step * BLOCK_K
+            a = load_rows(grad, row, stop, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
+            b = load_rows(x, row, stop, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
+            total = tl.dot(a.T, b, total, input_precision=PRECISION)
+        if PIECES == 2:
+            left, right = halves(total)
+            store_block(gradient, expert, m, n, out, width, left, TENSOR_MAP)
+            store_block(gradient, expert, m, n + BLOCK_N // 2, out, width, right, TENSOR_MAP)
         else:
-            end = tl.minimum(end, num_rows)
-            whole = start + tl.maximum(end - start, 0) // BLOCK_K * BLOCK_K
-            for row in range(start, whole, BLOCK_K):
-                rows = row + tl.arange(0, BLOCK_K)
-                a = rows_block(grad, rows, row, end, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
-                b = rows_block(x, rows, row, end, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
-                total = tl.dot(a.T, b, total, input_precision=PRECISION)
-            if whole < end:  # the rows after `end` are another's, or hold NaN
-                rows = whole + tl.arange(0, BLOCK_K)
-                a = rows_block(grad, rows, whole, end, m, out, BLOCK_K, BLOCK_M, TENSOR_MAP, False)
-                b = rows_block(x, rows, whole, end, n, width, BLOCK_K, BLOCK_N, TENSOR_MAP, False)
-                a = tl.where((rows < end)[:, None], a, 0.0)
-                b = tl.where((rows < end)[:, None], b, 0.0)
-                total = tl.dot(a.T, b, total, input_precision=PRECISION)
-        row, column = m + tl.arange(0, BLOCK_M), n + tl.arange(0, BLOCK_N)
+            store_block(gradient, expert, m, n, out, width, total, TENSOR_MAP)
+
+
+@triton.jit
+def store_block(gradient, expert, m, n, out, width, block, TENSOR_MAP: tl.constexpr):
+    """Write `block` to gradient[expert, m:, n:], inside of (out, width)."""
+    ROWS: tl.constexpr = block.shape[0]
+    COLUMNS: tl.constexpr = block.shape[1]
+    if TENSOR_MAP:
+        gradient.store([expert, m, n], block.to(gradient.dtype).reshape(1, ROWS, COLUMNS))
+    else:
+        row, column = m + tl.arange(0, ROWS), n + tl.arange(0, COLUMNS)
         at = expert.to(tl.int64) * out * width + row[:, None] * width + column[None, :]
         inside = (row < out)[:, None] & (column < width)[None, :]
-        tl.store(gradient_ptr + at, total.to(gradient_ptr.dtype.element_ty), mask=inside)
+        tl.store(gradient + at, block.to(gradient.dtype.element_ty), mask=inside)
