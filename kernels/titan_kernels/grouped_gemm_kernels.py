@@ -165,13 +165,15 @@ def product(
     mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others, y)
     x_block = [config.block_m, config.block_k]
     weight_block = [1, config.block_k, config.block_n] if transposed else [1, config.block_n, config.block_k]
+    # Triton 3.8 makes an empty kernel of the flattened loop with two products in it, on sm_100
+    flatten = mapped and (also is None or architecture() < 100)
     _product[(num_programs(x_RK) * config.programs,)](
         rows_of(x_RK, x_block, mapped), blocks_of(weight, weight_block, mapped),
         rows_of(others[0], x_block, mapped), blocks_of(others[1], weight_block, mapped),
         rows_of(y, [config.block_m, config.block_n // config.pieces], mapped),
         tiles, width_n, width_k, weight.shape[0],
-        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0,
-        PRECISION=dot_precision(x_RK), **constants_of(config),
+        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, FLATTEN=flatten,
+        EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(x_RK), **constants_of(config),
     )  # fmt: skip
     return y
 
@@ -311,13 +313,13 @@ def weight_block(
 @triton.jit
 def _product(
     x, weight, other_x, other_weight, y, tiles_ptr, width_n, width_k, num_experts,
-    PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(tiles_ptr)
     tiles_n = tl.cdiv(width_n, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         n *= BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
