@@ -7,35 +7,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from titan_kernels import grouped_gemm_kernels as gemm
-from titan_kernels.grouped_gemm_kernels import GemmConfig, planned_tile, steps_of, weight_block
-from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
+from titan_kernels.gemm_configs import GemmConfig, config_for, constants_of
+from titan_kernels.grouped_gemm_kernels import planned_tile, steps_of, weight_block
+from titan_kernels.launch import dot_precision, num_programs, takes_tensor_map
 from titan_kernels.tensor_maps import blocks_of, halves, load_rows, rows_of, store_rows
-
-# By (major compute capability, bytes of an element). The forward tile has two accumulators and the backward tile reads
-# gate and up beside its own, so both are half as wide as a plain product's. The backward one is written in two pieces:
-# six values an element of the whole tile do not fit in registers.
-CONFIGS = {
-    (8, 2): GemmConfig(128, 64, 64, num_warps=8, num_stages=3),
-    (8, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
-    (9, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
-    (9, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
-    (10, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
-    (10, 4): GemmConfig(64, 32, 32, num_warps=4, num_stages=3, tensor_map=False),
-}
-
-
-def config_for(x: Tensor, hidden: int) -> GemmConfig:
-    """Return the configuration of both kernels for operands like `x`."""
-    config = CONFIGS[min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)]
-    return replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(hidden))))
 
 
 def forward(
@@ -53,11 +34,11 @@ def forward(
 
     Without `save`, gate and up are empty.
     """
-    config = config or config_for(x, w1_EFD.shape[1])
+    config = config or config_for("gated", x, w1_EFD.shape[1])
     num_rows = x.shape[0] if source_R is None else source_R.shape[0]
     tiles = gemm.plan(ends_E, num_rows, config.block_m)
     hidden, gate, up = gated_product(x, w1_EFD, w3_EFD, tiles, num_rows, save, source_R, top_k, config)
-    down = gemm.config_for(hidden, w2_EDF.shape[1])
+    down = config_for("product", hidden, w2_EDF.shape[1])
     if down.block_m != config.block_m:
         tiles = gemm.plan(ends_E, num_rows, down.block_m)
     return gemm.product(hidden, w2_EDF, tiles, down, transposed=False), gate, up
@@ -75,10 +56,10 @@ def backward(
     weights_R: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the gradients to x, w1, w3, w2 and the weights of the rows (empty where there are none)."""
-    config = config_for(x_RD, w1_EFD.shape[1])
+    config = config_for("gate_gradient", x_RD, w1_EFD.shape[1])
     tiles = gemm.plan(ends_E, x_RD.shape[0], config.block_m)
     grad_gate, grad_up, hidden, grad_weights = gate_gradient(grad_RD, gate_RF, up_RF, w2_EDF, tiles, weights_R, config)
-    down = gemm.paired(gemm.config_for(x_RD, x_RD.shape[1]))
+    down = config_for("pair", x_RD, x_RD.shape[1])
     if down.block_m != config.block_m:
         tiles = gemm.plan(ends_E, x_RD.shape[0], down.block_m)
     grad_x = gemm.product(grad_gate, w1_EFD, tiles, down, transposed=True, also=(grad_up, w3_EFD))
@@ -112,8 +93,8 @@ def gated_product(
     _gated_product[(num_programs(x) * config.programs,)](
         x if gathered else rows_of(x, [config.block_m, config.block_k], mapped), *weights,
         source_R if gathered else tiles, *written, tiles, width_n, width_k, num_experts, top_k,
-        SAVE=save, GATHERED=gathered, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0,
-        PRECISION=dot_precision(x), **gemm.constants_of(config),
+        SAVE=save, GATHERED=gathered, EVEN_K=width_k % config.block_k == 0,
+        PRECISION=dot_precision(x), **constants_of(config, mapped),
     )  # fmt: skip
     return hidden, gate, up
 
@@ -142,8 +123,8 @@ def gate_gradient(
         blocks_of(w2_EDF, [1, config.block_k, config.block_n], mapped),
         *(rows_of(x, piece, mapped) for x in (gate_RF, up_RF, grad_gate, grad_up, hidden)),
         weights_R if weighted else gate_RF, partial, tiles, width_n, width_k, num_experts,
-        WEIGHTED=weighted, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(grad_RD),
-        **gemm.constants_of(config),
+        WEIGHTED=weighted, EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(grad_RD),
+        **constants_of(config, mapped),
     )  # fmt: skip
     return grad_gate, grad_up, hidden, partial.sum(1)
 
@@ -151,11 +132,12 @@ def gate_gradient(
 @triton.jit
 def _gated_product(
     x, w1, w3, source_ptr, hidden, gate, up, tiles_ptr, width_n, width_k, num_experts, top_k,
-    SAVE: tl.constexpr, GATHERED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    SAVE: tl.constexpr, GATHERED: tl.constexpr, TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         n *= BLOCK_N
         one = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -185,11 +167,12 @@ def _gated_product(
 @triton.jit
 def _gate_gradient(
     grad, w2, gate, up, grad_gate, grad_up, hidden, weights_ptr, partial_ptr, tiles_ptr, width_n, width_k, num_experts,
-    WEIGHTED: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTED: tl.constexpr, TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         rows = row + tl.arange(0, BLOCK_M)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

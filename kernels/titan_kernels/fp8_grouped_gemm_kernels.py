@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titan_kernels.grouped_gemm_kernels import GemmConfig, constants_of, plan, planned_tile, tile_at, weight_block
+from titan_kernels.gemm_configs import GemmConfig, constants_of
+from titan_kernels.grouped_gemm_kernels import plan, planned_tile, tile_at, weight_block
 from titan_kernels.launch import num_programs, takes_tensor_map
 from titan_kernels.tensor_maps import blocks_of, load_rows, rows_of
 
@@ -47,7 +48,7 @@ def product(
         y, plan(ends_E, num_rows, config.block_m), scale, weight_scale,
         scale.stride(-1), weight_scale.stride(0), weight_scale.stride(1), weight_scale.stride(-1),
         width_n, width_k, num_experts,
-        BLOCKWISE=blockwise, TENSOR_MAP=mapped, EVEN_K=width_k % config.block_k == 0, **constants_of(config),
+        BLOCKWISE=blockwise, EVEN_K=width_k % config.block_k == 0, **constants_of(config, mapped),
     )  # fmt: skip
     return y
 
@@ -71,7 +72,7 @@ def weight_gradient(
         blocks_of(grad_OR, [config.block_m, config.block_k], mapped),
         blocks_of(x_IR, [config.block_n, config.block_k], mapped),
         grad_scale_BO, x_scale_BI, gradient, ends_E, num_rows, grad_OR.stride(0), out, width, num_experts,
-        TENSOR_MAP=mapped, **constants_of(config),
+        **constants_of(config, mapped),
     )  # fmt: skip
     return gradient
 
@@ -80,7 +81,7 @@ def weight_gradient(
 def _product(
     x, weight, y_ptr, tiles_ptr, scale_ptr, weight_scale_ptr,
     scale_stride, expert_stride, n_stride, k_stride, width_n, width_k, num_experts,
-    BLOCKWISE: tl.constexpr, TENSOR_MAP: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCKWISE: tl.constexpr, TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
@@ -150,7 +151,7 @@ def _scaled_step(
 @triton.jit(do_not_specialize=["num_rows", "stride"])
 def _weight_gradient(
     grad, x, grad_scale_ptr, x_scale_ptr, gradient_ptr, ends_ptr, num_rows, stride, out, width, num_experts,
-    TENSOR_MAP: tl.constexpr,
+    TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)

@@ -18,56 +18,17 @@ of shared-memory fill, so L2 feeds it where tiles that run together share rows (
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from titan_kernels import permutation_kernels
-from titan_kernels.launch import architecture, dot_precision, num_programs, takes_tensor_map
+from titan_kernels.gemm_configs import GemmConfig, config_for, constants_of, fitting
+from titan_kernels.launch import dot_precision, num_programs, takes_tensor_map
 from titan_kernels.tensor_maps import blocks_of, halves, load_rows, rows_of, store_rows
 
-
-@dataclass(frozen=True)
-class GemmConfig:
-    """The tile of a program, and how the compiler shall pipeline it."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    pieces: int = 1  # in how many parts the tile is written, 1 or 2: half the buffer leaves room for a stage
-    group_m: int = 8  # how many tiles of rows run together, for L2
-    programs: int = 1  # how many run on a multiprocessor at a time
-    tensor_map: bool = True  # use the copy engine where there is one and the operands are aligned
-
-
-# By (major compute capability, bytes of an element). 128 x 256 is the largest accumulator that eight warps hold in
-# registers (128 of 255 each), and the stages are what shared memory takes beside the piece that is written. Full fp32
-# goes through the ordinary units; fed by the copy engine it spilt 5.7 kB a thread (Triton 3.8, sm_90).
-CONFIGS = {
-    (8, 2): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    (8, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
-    (9, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4, pieces=2),
-    (9, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
-    (10, 2): GemmConfig(128, 256, 64, num_warps=8, num_stages=4, pieces=2),
-    (10, 4): GemmConfig(64, 64, 32, num_warps=4, num_stages=3, tensor_map=False),
-}
 PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
-
-
-def config_for(x: Tensor, width_n: int) -> GemmConfig:
-    """Return the configuration for operands like `x` and `width_n` columns."""
-    config = CONFIGS[min(max(architecture() // 10, 8), 10), max(x.element_size(), 2)]
-    return replace(config, block_n=min(config.block_n, max(32, triton.next_power_of_2(width_n))))
-
-
-def paired(config: GemmConfig) -> GemmConfig:
-    """Return `config` for two products in one: as many blocks in flight, in half as many stages of twice the blocks."""
-    return replace(config, num_stages=max(2, config.num_stages // 2))
 
 
 def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
@@ -84,13 +45,13 @@ def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
 
 def forward(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch y = x @ weight[e].T."""
-    config = config or config_for(x_RI, weight_EOI.shape[1])
+    config = config or config_for("product", x_RI, weight_EOI.shape[1])
     return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m), config, transposed=False)
 
 
 def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch grad_x = grad @ weight[e]."""
-    config = config or config_for(grad_RO, weight_EOI.shape[2])
+    config = config or config_for("transposed", grad_RO, weight_EOI.shape[2])
     return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
 
 
@@ -98,7 +59,7 @@ def forward_blocks(
     x_RI: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
 ) -> Tensor:
     """Launch y = x @ weight[e].T where blocks of rows share an expert."""
-    config = fitting(config or config_for(x_RI, weight_EOI.shape[1]), block_rows)
+    config = fitting(config or config_for("product", x_RI, weight_EOI.shape[1]), block_rows)
     tiles = plan_blocks(expert_B, x_RI.shape[0], config.block_m, weight_EOI.shape[0])
     return product(x_RI, weight_EOI, tiles, config, transposed=False)
 
@@ -107,7 +68,7 @@ def input_gradient_blocks(
     grad_RO: Tensor, weight_EOI: Tensor, expert_B: Tensor, block_rows: int, config: GemmConfig | None = None
 ) -> Tensor:
     """Launch grad_x = grad @ weight[e] where blocks of rows share an expert."""
-    config = fitting(config or config_for(grad_RO, weight_EOI.shape[2]), block_rows)
+    config = fitting(config or config_for("transposed", grad_RO, weight_EOI.shape[2]), block_rows)
     tiles = plan_blocks(expert_B, grad_RO.shape[0], config.block_m, weight_EOI.shape[0])
     return product(grad_RO, weight_EOI, tiles, config, transposed=True)
 
@@ -121,16 +82,10 @@ def weight_gradient_blocks(
     config: GemmConfig | None = None,
 ) -> Tensor:
     """Launch the gradient to the weight where blocks of rows share an expert: sort the blocks, then sum."""
-    config = fitting(config or config_for(x_RI, x_RI.shape[1]), block_rows)
+    config = fitting(config or config_for("weight_gradient", x_RI, x_RI.shape[1]), block_rows)
     num_blocks = expert_B.shape[0]
     _, ends, _, blocks = permutation_kernels.place(expert_B[:, None], num_experts, 1, num_blocks)
     return weight_gradient(grad_RO, x_RI, ends, config, blocks, block_rows)
-
-
-def fitting(config: GemmConfig, block_rows: int) -> GemmConfig:
-    """Return `config` with tiles that divide blocks of `block_rows` rows."""
-    power = block_rows & -block_rows
-    return replace(config, block_m=min(config.block_m, power), block_k=min(config.block_k, power))
 
 
 def plan_blocks(expert_B: Tensor, num_rows: int, block_m: int, num_experts: int) -> Tensor:
@@ -165,15 +120,13 @@ def product(
     mapped = config.tensor_map and takes_tensor_map(x_RK, weight, *others, y)
     x_block = [config.block_m, config.block_k]
     weight_block = [1, config.block_k, config.block_n] if transposed else [1, config.block_n, config.block_k]
-    # Triton 3.8 makes an empty kernel of the flattened loop with two products in it, on sm_100
-    flatten = mapped and (also is None or architecture() < 100)
     _product[(num_programs(x_RK) * config.programs,)](
         rows_of(x_RK, x_block, mapped), blocks_of(weight, weight_block, mapped),
         rows_of(others[0], x_block, mapped), blocks_of(others[1], weight_block, mapped),
         rows_of(y, [config.block_m, config.block_n // config.pieces], mapped),
         tiles, width_n, width_k, weight.shape[0],
-        PAIR=also is not None, TRANSPOSED=transposed, TENSOR_MAP=mapped, FLATTEN=flatten,
-        EVEN_K=width_k % config.block_k == 0, PRECISION=dot_precision(x_RK), **constants_of(config),
+        PAIR=also is not None, TRANSPOSED=transposed, EVEN_K=width_k % config.block_k == 0,
+        PRECISION=dot_precision(x_RK), **constants_of(config, mapped),
     )  # fmt: skip
     return y
 
@@ -191,7 +144,7 @@ def weight_gradient(
     With `blocks`, `ends_E` counts blocks of `block_rows` rows (a multiple of block_k), and `blocks` says which.
     """
     (num_rows, out), width = grad_RO.shape, x_RI.shape[1]
-    config = config or config_for(x_RI, width)
+    config = config or config_for("weight_gradient", x_RI, width)
     gradient = x_RI.new_empty(ends_E.shape[0], out, width)
     if gradient.numel() == 0 or num_rows == 0:
         return gradient.zero_()
@@ -201,22 +154,9 @@ def weight_gradient(
         rows_of(x_RI, [config.block_k, config.block_n], mapped),
         blocks_of(gradient, [1, config.block_m, config.block_n // config.pieces], mapped),
         ends_E, ends_E if blocks is None else blocks, num_rows, out, width, ends_E.shape[0],
-        BLOCK_ROWS=block_rows, TENSOR_MAP=mapped, PRECISION=dot_precision(x_RI), **constants_of(config),
+        BLOCK_ROWS=block_rows, PRECISION=dot_precision(x_RI), **constants_of(config, mapped),
     )  # fmt: skip
     return gradient
-
-
-def constants_of(config: GemmConfig) -> dict[str, int]:
-    """Return the constants of a kernel that `config` sets."""
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "PIECES": config.pieces,
-        "GROUP_M": config.group_m,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
 
 
 @triton.jit(do_not_specialize=["num_rows", "most"])
@@ -347,12 +287,12 @@ def _product(
 @triton.jit(do_not_specialize=["num_rows"])
 def _weight_gradient(
     grad, x, gradient, ends_ptr, blocks_ptr, num_rows, out, width, num_experts,
-    BLOCK_ROWS: tl.constexpr, TENSOR_MAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Sum over rows. The tiles of an expert are neighbours, so that even one hot expert spreads over all programs."""
     tiles_m, tiles_n = tl.cdiv(out, BLOCK_M), tl.cdiv(width, BLOCK_N)
-    for index in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0), flatten=TENSOR_MAP):
+    for index in tl.range(tl.program_id(0), num_experts * tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert = index // (tiles_m * tiles_n)
         m, n = tile_at(index % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
         m, n = m * BLOCK_M, n * BLOCK_N

@@ -7,6 +7,7 @@ import torch
 from titan_kernels import grouped_gemm_kernels as kernels
 from titan_kernels.contiguous import contiguous_grouped_linear, reference_contiguous_grouped_linear
 from titan_kernels.expert_mlp import expert_mlp, reference_expert_mlp, reference_routed_mlp, routed_mlp
+from titan_kernels.gemm_configs import config_for
 from titan_kernels.grouped_gemm import (
     grouped_linear,
     reference_grouped_linear,
@@ -46,7 +47,7 @@ def test_pointers_and_the_copy_engine_agree(device: torch.device, tensor_map: bo
     ends = ends_of(sizes, device)
     x, weight = rows_of(sizes, 96, dtype, device), weights_of(3, 72, 96, dtype=dtype, device=device)
     grad = rows_of(sizes, 72, dtype, device)
-    config = replace(kernels.config_for(x, 72), tensor_map=tensor_map, group_m=2, block_m=64)
+    config = replace(config_for("product", x, 72), tensor_map=tensor_map, group_m=2, block_m=64)
     y = kernels.forward(x, weight, ends, config)
     assert distance(y, reference_grouped_linear(x.double(), weight.double(), ends)) < TOLERANCE[dtype]
     grad_x = kernels.input_gradient(grad, weight, ends, config)
