@@ -31,14 +31,17 @@ from titan_kernels.tensor_maps import blocks_of, halves, load_rows, rows_of, sto
 PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
 
 
-def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
-    """Launch the plan of the tiles of `num_rows` rows: entry 0 is their number."""
+def plan(ends_E: Tensor, num_rows: int, block_m: int, nobodys: bool = True) -> Tensor:
+    """Launch the plan of the tiles of `num_rows` rows: entry 0 is their number, and the first row of nobody.
+
+    `nobodys` rows are planned too, as an expert past the last.
+    """
     num_experts = ends_E.shape[0]
     most = triton.cdiv(num_rows, block_m) + num_experts + 1
     tiles = torch.empty(1 + most, PLANNED, dtype=torch.int32, device=ends_E.device)
     _plan[(num_experts + 1,)](
         ends_E, tiles, num_rows, most, num_experts,
-        BINS=triton.next_power_of_2(num_experts + 1), BLOCK_M=block_m, TILES=128, num_warps=1,
+        BINS=triton.next_power_of_2(num_experts + 1), BLOCK_M=block_m, TILES=128, NOBODYS=nobodys, num_warps=1,
     )  # fmt: skip
     return tiles
 
@@ -46,13 +49,13 @@ def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
 def forward(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch y = x @ weight[e].T."""
     config = config or config_for("product", x_RI, weight_EOI.shape[1])
-    return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m), config, transposed=False)
+    return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m, False), config, transposed=False)
 
 
 def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch grad_x = grad @ weight[e]."""
     config = config or config_for("transposed", grad_RO, weight_EOI.shape[2])
-    return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
+    return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m, False), config, transposed=True)
 
 
 def forward_blocks(
@@ -124,7 +127,7 @@ def product(
         rows_of(x_RK, x_block, mapped), blocks_of(weight, weight_block, mapped),
         rows_of(others[0], x_block, mapped), blocks_of(others[1], weight_block, mapped),
         rows_of(y, [config.block_m, config.block_n // config.pieces], mapped),
-        tiles, width_n, width_k, weight.shape[0],
+        tiles, num_rows, width_n, width_k, weight.shape[0],
         PAIR=also is not None, TRANSPOSED=transposed, EVEN_K=width_k % config.block_k == 0,
         PRECISION=dot_precision(x_RK), **constants_of(config, mapped),
     )  # fmt: skip
@@ -161,8 +164,9 @@ def weight_gradient(
 
 @triton.jit(do_not_specialize=["num_rows", "most"])
 def _plan(
-    ends_ptr, tiles_ptr, num_rows, most, num_experts, BINS: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr
-):
+    ends_ptr, tiles_ptr, num_rows, most, num_experts,
+    BINS: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, NOBODYS: tl.constexpr,
+):  # fmt: skip
     """List the tiles of one expert; the expert past the last has the rows that belong to nobody."""
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -173,6 +177,10 @@ def _plan(
     count = tl.sum(tl.where(bins == expert, counts, 0), 0)
     first_row = tl.sum(tl.where(bins == expert, start, 0), 0)
     end_row = tl.sum(tl.where(bins == expert, end, 0), 0)
+    if expert == num_experts:
+        count = count if NOBODYS else 0
+        tl.store(tiles_ptr, tl.minimum(before + count, most))
+        tl.store(tiles_ptr + 1, first_row)
     for index in range(0, count, TILES):
         tile = index + tl.arange(0, TILES)
         inside = (tile < count) & (before + tile < most)
@@ -180,14 +188,13 @@ def _plan(
         tl.store(entry, tl.full((TILES,), 0, tl.int32) + expert, mask=inside)
         tl.store(entry + 1, first_row + tile * BLOCK_M, mask=inside)
         tl.store(entry + 2, tl.full((TILES,), 0, tl.int32) + end_row, mask=inside)
-    if expert == num_experts:
-        tl.store(tiles_ptr, tl.minimum(before + count, most))
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _plan_blocks(
     experts_ptr, tiles_ptr, num_tiles, tiles_a_block, num_experts, BLOCK_M: tl.constexpr, TILES: tl.constexpr
 ):
+    """List all blocks; those of nobody as an expert past the last, which makes zeros in as many steps as others."""
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     inside = tile < num_tiles
     expert = tl.load(experts_ptr + tile // tiles_a_block, mask=inside, other=-1)
@@ -198,6 +205,7 @@ def _plan_blocks(
     tl.store(entry + 2, (tile + 1) * BLOCK_M, mask=inside)
     if tl.program_id(0) == 0:
         tl.store(tiles_ptr, num_tiles)
+        tl.store(tiles_ptr + 1, num_tiles * BLOCK_M)
 
 
 @triton.jit
@@ -250,38 +258,53 @@ def weight_block(
     return block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _product(
-    x, weight, other_x, other_weight, y, tiles_ptr, width_n, width_k, num_experts,
+    x, weight, other_x, other_weight, y, tiles_ptr, num_rows, width_n, width_k, num_experts,
     PAIR: tl.constexpr, TRANSPOSED: tl.constexpr, TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tiles_m = tl.load(tiles_ptr)
     tiles_n = tl.cdiv(width_n, BLOCK_N)
+    steps = tl.cdiv(width_k, BLOCK_K)  # the same for all tiles: 5 % faster on an H200 than one that a tile decides
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         n *= BLOCK_N
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(steps_of(row, stop, width_k, BLOCK_K)):
+        for step in range(steps):
             k = step * BLOCK_K
             a = load_rows(x, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
             b = weight_block(
                 weight, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
             )
             total = tl.dot(a, b, total, input_precision=PRECISION)
-            if PAIR:
+        if PAIR:
+            for step in range(steps):
+                k = step * BLOCK_K
                 a = load_rows(other_x, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
                 b = weight_block(
                     other_weight, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, TRANSPOSED, TENSOR_MAP
                 )
                 total = tl.dot(a, b, total, input_precision=PRECISION)
-        if PIECES == 2:
-            left, right = halves(total)
-            store_rows(y, row, end, n, width_n, left, TENSOR_MAP)
-            store_rows(y, row, end, n + BLOCK_N // 2, width_n, right, TENSOR_MAP)
-        else:
-            store_rows(y, row, end, n, width_n, total, TENSOR_MAP)
+        store_tile(y, row, end, n, width_n, total, PIECES, TENSOR_MAP)
+    first = tl.load(tiles_ptr + 1)  # rows from here on are nobody's, and zeros
+    for index in range(tl.program_id(0), tl.cdiv(num_rows - first, BLOCK_M) * tiles_n, tl.num_programs(0)):
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        row, n = first + index // tiles_n * BLOCK_M, index % tiles_n * BLOCK_N
+        store_tile(y, row, num_rows, n, width_n, zeros, PIECES, TENSOR_MAP)
+
+
+@triton.jit
+def store_tile(y, row, end, column, width, tile, PIECES: tl.constexpr, TENSOR_MAP: tl.constexpr):
+    """Write a tile of rows that end at `end`, whole or in two pieces."""
+    if PIECES == 2:
+        HALF: tl.constexpr = tile.shape[1] // 2
+        left, right = halves(tile)
+        store_rows(y, row, end, column, width, left, TENSOR_MAP)
+        store_rows(y, row, end, column + HALF, width, right, TENSOR_MAP)
+    else:
+        store_rows(y, row, end, column, width, tile, TENSOR_MAP)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
