@@ -25,18 +25,18 @@ def quantize_1x128(x_RK: Tensor, q_RK: Tensor, scale_RB: Tensor) -> None:
     """Launch the quantisation of 1 x 128 blocks into `q_RK` and the columns of `scale_RB`."""
     num_rows, width = x_RK.shape
     if x_RK.numel():
-        _quantize_1x128[(triton.cdiv(num_rows, ROWS_1X128), triton.cdiv(width, 128))](
+        _quantize_1x128[(triton.cdiv(num_rows, ROWS_1X128) * triton.cdiv(width, 128),)](
             x_RK, q_RK, scale_RB, num_rows, width, scale_RB.stride(1), ROWS=ROWS_1X128, num_warps=WARPS_1X128
         )
 
 
 def quantize_128x1(x_RK: Tensor, ends_E: Tensor | None, q_KR: Tensor, scale_BK: Tensor) -> None:
-    """Launch the quantisation of 128 x 1 blocks, transposed."""
+    """Launch the quantisation of 128 x 1 blocks, transposed; what pads the rows of `q_KR` to 16 bytes becomes zeros."""
     num_rows, width = x_RK.shape
     if x_RK.numel():
         ends, num_experts = (scale_BK, 0) if ends_E is None else (ends_E, ends_E.shape[0])
-        _quantize_128x1[(triton.cdiv(num_rows, 128), triton.cdiv(width, COLUMNS_128X1))](
-            x_RK, ends, q_KR, scale_BK, num_rows, width, q_KR.stride(0), num_experts,
+        _quantize_128x1[(triton.cdiv(num_rows, 128) * triton.cdiv(width, COLUMNS_128X1),)](
+            x_RK, ends, q_KR, scale_BK, num_rows, width, q_KR.stride(0) // 16, num_experts,
             ENDS=ends_E is not None, COLUMNS=COLUMNS_128X1, num_warps=WARPS_128X1,
         )  # fmt: skip
 
@@ -75,24 +75,36 @@ def rounded(x, scale):
 
 @triton.jit(do_not_specialize=["num_rows", "scale_stride"])
 def _quantize_1x128(x_ptr, q_ptr, scale_ptr, num_rows, width, scale_stride, ROWS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) * 128 + tl.arange(0, 128))[None, :]
+    m, k = _block_at(width, 128)
+    row = m * ROWS + tl.arange(0, ROWS)
+    column = (k * 128 + tl.arange(0, 128))[None, :]
     at = row.to(tl.int64)[:, None] * width + column
     inside = (row < num_rows)[:, None] & (column < width)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), 1))
     tl.store(q_ptr + at, rounded(x, scale[:, None]), mask=inside)
-    tl.store(scale_ptr + tl.program_id(1).to(tl.int64) * scale_stride + row, scale, mask=row < num_rows)
+    tl.store(scale_ptr + k.to(tl.int64) * scale_stride + row, scale, mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "q_stride"], do_not_specialize_on_alignment=["q_stride"])
+@triton.jit
+def _block_at(width, COLUMNS: tl.constexpr):
+    """Return (block of rows, block of columns) of this program: neighbours read neighbouring bytes."""
+    across = tl.cdiv(width, COLUMNS)
+    return tl.program_id(0) // across, tl.program_id(0) % across
+
+
+@triton.jit(do_not_specialize=["num_rows", "sixteenths"])
 def _quantize_128x1(
-    x_ptr, ends_ptr, q_ptr, scale_ptr, num_rows, width, q_stride, num_experts,
+    x_ptr, ends_ptr, q_ptr, scale_ptr, num_rows, width, sixteenths, num_experts,
     ENDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    q_stride = tl.multiple_of(q_stride, 16)
-    row = tl.program_id(0) * 128 + tl.arange(0, 128)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """Rows of q are `sixteenths` * 16 bytes apart, and written to the end of their padding.
+
+    The factor and a mask that ends at a multiple of 16 are what shows the compiler that stores of 16 bytes are right.
+    """
+    m, k = _block_at(width, COLUMNS)
+    row = m * 128 + tl.arange(0, 128)
+    column = k * COLUMNS + tl.arange(0, COLUMNS)
     last = num_rows
     if ENDS:
         last = tl.minimum(tl.load(ends_ptr + num_experts - 1), num_rows)
@@ -101,9 +113,9 @@ def _quantize_128x1(
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), 0))
     q = rounded(x, scale[None, :])
-    written = (column < width)[:, None] & (row < num_rows)[None, :]
-    tl.store(q_ptr + column.to(tl.int64)[:, None] * q_stride + row[None, :], q.T, mask=written)
-    tl.store(scale_ptr + tl.program_id(0).to(tl.int64) * width + column, scale, mask=column < width)
+    written = (column < width)[:, None] & (row < tl.cdiv(num_rows, 16) * 16)[None, :]
+    tl.store(q_ptr + column.to(tl.int64)[:, None] * (sixteenths * 16) + row[None, :], q.T, mask=written)
+    tl.store(scale_ptr + m.to(tl.int64) * width + column, scale, mask=column < width)
 
 
 @triton.jit
