@@ -30,13 +30,13 @@ def quantize_1x128(x_RK: Tensor, q_RK: Tensor, scale_RB: Tensor) -> None:
         )
 
 
-def quantize_128x1(x_RK: Tensor, ends_E: Tensor | None, q_KR: Tensor, scale_BK: Tensor) -> None:
-    """Launch the quantisation of 128 x 1 blocks, transposed; what pads the rows of `q_KR` to 16 bytes becomes zeros."""
-    num_rows, width = x_RK.shape
+def quantize_128x1(x_RK: Tensor, ends_E: Tensor | None, q_KP: Tensor, scale_QK: Tensor) -> None:
+    """Launch the quantisation of 128 x 1 blocks, transposed."""
+    (num_rows, width), num_blocks = x_RK.shape, scale_QK.shape[0]
     if x_RK.numel():
-        ends, num_experts = (scale_BK, 0) if ends_E is None else (ends_E, ends_E.shape[0])
-        _quantize_128x1[(triton.cdiv(num_rows, 128) * triton.cdiv(width, COLUMNS_128X1),)](
-            x_RK, ends, q_KR, scale_BK, num_rows, width, q_KR.stride(0) // 16, num_experts,
+        ends, num_experts = (scale_QK, 0) if ends_E is None else (ends_E, ends_E.shape[0])
+        _quantize_128x1[(num_blocks * triton.cdiv(width, COLUMNS_128X1),)](
+            x_RK, ends, q_KP, scale_QK, num_rows, width, num_blocks, num_experts,
             ENDS=ends_E is not None, COLUMNS=COLUMNS_128X1, num_warps=WARPS_128X1,
         )  # fmt: skip
 
@@ -93,29 +93,46 @@ def _block_at(width, COLUMNS: tl.constexpr):
     return tl.program_id(0) // across, tl.program_id(0) % across
 
 
-@triton.jit(do_not_specialize=["num_rows", "sixteenths"])
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _quantize_128x1(
-    x_ptr, ends_ptr, q_ptr, scale_ptr, num_rows, width, sixteenths, num_experts,
+    x_ptr, ends_ptr, q_ptr, scale_ptr, num_rows, width, num_blocks, num_experts,
     ENDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of q are `sixteenths` * 16 bytes apart, and written to the end of their padding.
-
-    The factor and a mask that ends at a multiple of 16 are what shows the compiler that stores of 16 bytes are right.
-    """
-    m, k = _block_at(width, COLUMNS)
-    row = m * 128 + tl.arange(0, 128)
-    column = k * COLUMNS + tl.arange(0, COLUMNS)
-    last = num_rows
+    place, k = _block_at(width, COLUMNS)
+    block, begin, end, last = place, 0, num_rows, num_rows
     if ENDS:
         last = tl.minimum(tl.load(ends_ptr + num_experts - 1), num_rows)
-    inside = (row < last)[:, None] & (column < width)[None, :]
-    at = row.to(tl.int64)[:, None] * width + column[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(x), 0))
-    q = rounded(x, scale[None, :])
-    written = (column < width)[:, None] & (row < tl.cdiv(num_rows, 16) * 16)[None, :]
-    tl.store(q_ptr + column.to(tl.int64)[:, None] * (sixteenths * 16) + row[None, :], q.T, mask=written)
-    tl.store(scale_ptr + m.to(tl.int64) * width + column, scale, mask=column < width)
+        block, begin, end = _shared_block(ends_ptr, place, num_blocks - 2 * num_experts, last)
+    if begin < end:
+        row, column = block * 128 + tl.arange(0, 128), k * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (row < last)[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(x), 0))
+        q = rounded(tl.where(((row >= begin) & (row < end))[:, None], x, 0.0), scale[None, :])
+        line = q_ptr + column.to(tl.int64)[:, None] * (num_blocks * 128)
+        tl.store(line + place * 128 + tl.arange(0, 128)[None, :], q.T, mask=(column < width)[:, None])
+        tl.store(scale_ptr + place.to(tl.int64) * width + column, scale, mask=column < width)
+
+
+@triton.jit
+def _shared_block(ends_ptr, place, num_blocks, last):
+    """Return which block of rows stands at `place`, and which rows of it: all, or after all blocks an expert's.
+
+    Those are two an expert: the block of its first row, and the one after its last whole one. No rows where it shares
+    no such block, or where both are one.
+    """
+    shared = place - num_blocks
+    expert = shared // 2
+    start = tl.minimum(tl.load(ends_ptr + expert - 1, mask=shared >= 2, other=0), last)
+    end = tl.minimum(tl.load(ends_ptr + expert, mask=shared >= 0, other=0), last)
+    first, after = tl.cdiv(start, 128), end // 128
+    tail = shared % 2 == 1
+    block = tl.where(tail, after, first - 1)
+    begin = tl.where(tail, tl.where(after < first, end, after * 128), start)
+    stop = tl.where(tail, end, tl.minimum(end, first * 128))
+    ordinary = shared < 0
+    return tl.where(ordinary, place, block), tl.where(ordinary, 0, begin), tl.where(ordinary, num_blocks * 128, stop)
 
 
 @triton.jit

@@ -9,7 +9,14 @@ from titan_kernels.inspection import REGISTER_LIMIT, REGISTERS_PER_MULTIPROCESSO
 from titan_kernels.resources import ARCHITECTURES, CASES, taken
 
 SPILLS = 24  # instructions; what a few addresses take around a loop, nothing like a tile that does not fit
-PRODUCTS = ("_product", "_weight_gradient", "_gated_product", "_gate_gradient")
+PRODUCTS = (
+    "_product",
+    "_weight_gradient",
+    "_gated_product",
+    "_gate_gradient",
+    "_blockwise_product",
+    "_rowwise_product",
+)
 UNITS = {
     (80, "bf16"): ("HMMA", "LDGSTS"),
     (90, "bf16"): ("HGMMA", "UTMALDG"),
@@ -49,8 +56,9 @@ def test_nothing_is_compiled_anew_for_another_number_of_tokens(name: str, launch
     assert kernels[0] == kernels[1] == kernels[2]
 
 
-def test_the_copy_engine_writes_what_the_matrix_units_computed() -> None:
-    for kernel, took in taken(dict((name, launches) for name, launches, _ in CASES)["expert_mlp bf16"], 90):
+@pytest.mark.parametrize("case", ["expert_mlp bf16", "fp8_grouped_gemm"])
+def test_the_copy_engine_writes_what_the_matrix_units_computed(case: str) -> None:
+    for kernel, took in taken(dict((name, launches) for name, launches, _ in CASES)[case], 90):
         if kernel in PRODUCTS:
             assert took.instructions["UTMASTG"] > 0, kernel
 
