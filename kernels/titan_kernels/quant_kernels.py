@@ -102,7 +102,7 @@ def _quantize_128x1(
     block, begin, end, last = place, 0, num_rows, num_rows
     if ENDS:
         last = tl.minimum(tl.load(ends_ptr + num_experts - 1), num_rows)
-        block, begin, end = _shared_block(ends_ptr, place, num_blocks - 2 * num_experts, last)
+        block, begin, end = _shared_block(ends_ptr, place, num_blocks - 2 * num_experts)
     if begin < end:
         row, column = block * 128 + tl.arange(0, 128), k * COLUMNS + tl.arange(0, COLUMNS)
         inside = (row < last)[:, None] & (column < width)[None, :]
@@ -116,7 +116,7 @@ def _quantize_128x1(
 
 
 @triton.jit
-def _shared_block(ends_ptr, place, num_blocks, last):
+def _shared_block(ends_ptr, place, num_blocks):
     """Return which block of rows stands at `place`, and which rows of it: all, or after all blocks an expert's.
 
     Those are two an expert: the block of its first row, and the one after its last whole one. No rows where it shares
@@ -124,8 +124,8 @@ def _shared_block(ends_ptr, place, num_blocks, last):
     """
     shared = place - num_blocks
     expert = shared // 2
-    start = tl.minimum(tl.load(ends_ptr + expert - 1, mask=shared >= 2, other=0), last)
-    end = tl.minimum(tl.load(ends_ptr + expert, mask=shared >= 0, other=0), last)
+    start = tl.load(ends_ptr + expert - 1, mask=shared >= 2, other=0)
+    end = tl.minimum(tl.load(ends_ptr + expert, mask=shared >= 0, other=0), num_blocks * 128)
     first, after = tl.cdiv(start, 128), end // 128
     tail = shared % 2 == 1
     block = tl.where(tail, after, first - 1)
