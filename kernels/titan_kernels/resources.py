@@ -23,8 +23,8 @@ HEADING = """# What the kernels take
 
 Printed by `python -m titan_kernels.resources` with {versions}: compiled for the architectures named, run on
 none. Registers are those of a thread, spills the instructions that move registers to or from local memory, instructions
-how often matrix units (HMMA, HGMMA, QGMMA, UTCHMMA, UTCQMMA), the copy engine (UTMALDG) and asynchronous copies
-(LDGSTS) stand in the code.
+how often matrix units (HMMA, HGMMA, QGMMA, UTCHMMA, UTCQMMA), the copy engine (UTMALDG, UTMASTG) and asynchronous
+copies (LDGSTS) stand in the code.
 """
 
 
