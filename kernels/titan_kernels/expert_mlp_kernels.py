@@ -43,11 +43,11 @@ def forward(
     """
     config = config or config_for("gated", x, w1_EFD.shape[1])
     num_rows = x.shape[0] if source_R is None else source_R.shape[0]
-    tiles = gemm.plan(ends_E, num_rows, config.block_m, False)
+    tiles = gemm.plan(ends_E, num_rows, config.block_m)
     hidden, gate, up = gated_product(x, w1_EFD, w3_EFD, tiles, num_rows, save, source_R, top_k, config)
     down = config_for("product", hidden, w2_EDF.shape[1])
     if down.block_m != config.block_m:
-        tiles = gemm.plan(ends_E, num_rows, down.block_m, False)
+        tiles = gemm.plan(ends_E, num_rows, down.block_m)
     return gemm.product(hidden, w2_EDF, tiles, down, transposed=False), gate, up
 
 
@@ -64,7 +64,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the gradients to x, w1, w3, w2 and the weights of the rows (empty where there are none)."""
     down = config_for("pair", x_RD, x_RD.shape[1])
-    tiles = gemm.plan(ends_E, x_RD.shape[0], down.block_m, False)
+    tiles = gemm.plan(ends_E, x_RD.shape[0], down.block_m)
     grad_hidden = gemm.input_gradient(grad_RD, w2_EDF, ends_E)
     grad_gate, grad_up, hidden, grad_weights = gate_gradient(grad_hidden, gate_RF, up_RF, ends_E, weights_R)
     grad_x = gemm.product(grad_gate, w1_EFD, tiles, down, transposed=True, also=(grad_up, w3_EFD))

@@ -31,17 +31,14 @@ from titan_kernels.tensor_maps import blocks_of, halves, load_rows, rows_of, sto
 PLANNED = 4  # int32 an entry of a plan: expert, first row, end of rows, unused
 
 
-def plan(ends_E: Tensor, num_rows: int, block_m: int, nobodys: bool = True) -> Tensor:
-    """Launch the plan of the tiles of `num_rows` rows: entry 0 is their number, and the first row of nobody.
-
-    `nobodys` rows are planned too, as an expert past the last.
-    """
+def plan(ends_E: Tensor, num_rows: int, block_m: int) -> Tensor:
+    """Launch the plan of the tiles of `num_rows` rows: entry 0 is their number, and the first row of nobody."""
     num_experts = ends_E.shape[0]
     most = triton.cdiv(num_rows, block_m) + num_experts + 1
     tiles = torch.empty(1 + most, PLANNED, dtype=torch.int32, device=ends_E.device)
     _plan[(num_experts + 1,)](
         ends_E, tiles, num_rows, most, num_experts,
-        BINS=triton.next_power_of_2(num_experts + 1), BLOCK_M=block_m, TILES=128, NOBODYS=nobodys, num_warps=1,
+        BINS=triton.next_power_of_2(num_experts + 1), BLOCK_M=block_m, TILES=128, num_warps=1,
     )  # fmt: skip
     return tiles
 
@@ -49,13 +46,13 @@ def plan(ends_E: Tensor, num_rows: int, block_m: int, nobodys: bool = True) -> T
 def forward(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch y = x @ weight[e].T."""
     config = config or config_for("product", x_RI, weight_EOI.shape[1])
-    return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m, False), config, transposed=False)
+    return product(x_RI, weight_EOI, plan(ends_E, x_RI.shape[0], config.block_m), config, transposed=False)
 
 
 def input_gradient(grad_RO: Tensor, weight_EOI: Tensor, ends_E: Tensor, config: GemmConfig | None = None) -> Tensor:
     """Launch grad_x = grad @ weight[e]."""
     config = config or config_for("transposed", grad_RO, weight_EOI.shape[2])
-    return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m, False), config, transposed=True)
+    return product(grad_RO, weight_EOI, plan(ends_E, grad_RO.shape[0], config.block_m), config, transposed=True)
 
 
 def forward_blocks(
@@ -165,9 +162,9 @@ def weight_gradient(
 @triton.jit(do_not_specialize=["num_rows", "most"])
 def _plan(
     ends_ptr, tiles_ptr, num_rows, most, num_experts,
-    BINS: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, NOBODYS: tl.constexpr,
+    BINS: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """List the tiles of one expert; the expert past the last has the rows that belong to nobody."""
+    """List the tiles of one expert; after the last one come the rows that belong to nobody."""
     expert = tl.program_id(0)
     bins = tl.arange(0, BINS)
     end = tl.minimum(tl.load(ends_ptr + bins, mask=bins < num_experts, other=num_rows), num_rows)
@@ -178,8 +175,8 @@ def _plan(
     first_row = tl.sum(tl.where(bins == expert, start, 0), 0)
     end_row = tl.sum(tl.where(bins == expert, end, 0), 0)
     if expert == num_experts:
-        count = count if NOBODYS else 0
-        tl.store(tiles_ptr, tl.minimum(before + count, most))
+        count = 0
+        tl.store(tiles_ptr, tl.minimum(before, most))
         tl.store(tiles_ptr + 1, first_row)
     for index in range(0, count, TILES):
         tile = index + tl.arange(0, TILES)
@@ -288,11 +285,20 @@ def _product(
                 )
                 total = tl.dot(a, b, total, input_precision=PRECISION)
         store_tile(y, row, end, n, width_n, total, PIECES, TENSOR_MAP)
-    first = tl.load(tiles_ptr + 1)  # rows from here on are nobody's, and zeros
+    zero_rest(y, tiles_ptr, num_rows, width_n, BLOCK_M, BLOCK_N, PIECES, TENSOR_MAP)
+
+
+@triton.jit
+def zero_rest(
+    y, tiles_ptr, num_rows, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr,
+    TENSOR_MAP: tl.constexpr,
+):  # fmt: skip
+    """Write zeros to the rows after the last end, which are nobody's."""
+    first, tiles_n = tl.load(tiles_ptr + 1), tl.cdiv(width, BLOCK_N)
     for index in range(tl.program_id(0), tl.cdiv(num_rows - first, BLOCK_M) * tiles_n, tl.num_programs(0)):
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         row, n = first + index // tiles_n * BLOCK_M, index % tiles_n * BLOCK_N
-        store_tile(y, row, num_rows, n, width_n, zeros, PIECES, TENSOR_MAP)
+        store_tile(y, row, num_rows, n, width, zeros, PIECES, TENSOR_MAP)
 
 
 @triton.jit

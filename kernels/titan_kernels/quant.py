@@ -1,6 +1,7 @@
 """float8 e4m3 with fp32 scales: by row, by 1 x 128 blocks of activations, by 128 x 128 blocks of weights.
 
-Shapes: R rows, K width, B blocks of 128 (the last may be cut short); E experts, O output width, I input width.
+Shapes: R rows, K width, B blocks of 128 (the last may be cut short); E experts, O output width, I input width; P rows
+of whole blocks, Q blocks of P.
 
 A scale is amax / 448, at least SMALLEST_SCALE so that a block of zeros divides by no zero; value = q * scale. The
 reciprocal of a scale is rounded once and multiplied with, here and in the kernels, so both give the same bytes. NaN
@@ -33,9 +34,11 @@ def quantize_1x128(x_RK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_128x1(x_RK: Tensor, ends_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return q_KR, transposed, and its scale_BK, a scale for 128 rows of a column: operands of a weight gradient.
+    """Return q_KP, transposed, and its scale_QK, a scale for 128 rows of a column: operands of a weight gradient.
 
-    With `ends_E`, rows after the last end count as zeros, whatever they hold. Rows of q_KR are padded to 16 bytes.
+    P is R padded with zeros to whole blocks. With `ends_E`, rows after the last end count as zeros, whatever they hold,
+    and two blocks an expert follow: the rows at its begin and at its end of the blocks that it shares with others, and
+    zeros for the rows of those. They are written only where there is such a block.
     """
     _check_2d("quantize_128x1", x_RK)
     return torch.ops.titan_kernels.quantize_128x1(x_RK, ends_E)
@@ -58,9 +61,9 @@ def dequantize_1x128(q_RK: Tensor, scale_RB: Tensor) -> Tensor:
     return q_RK.float() * scale_RB.repeat_interleave(BLOCK, 1)[:, : q_RK.shape[1]]
 
 
-def dequantize_128x1(q_KR: Tensor, scale_BK: Tensor) -> Tensor:
-    """Return the values in fp32, as (R, K) again."""
-    return q_KR.float().T * scale_BK.repeat_interleave(BLOCK, 0)[: q_KR.shape[1]]
+def dequantize_128x1(q_KP: Tensor, scale_QK: Tensor) -> Tensor:
+    """Return the values in fp32, as (P, K)."""
+    return q_KP.float().T * scale_QK.repeat_interleave(BLOCK, 0)
 
 
 def dequantize_128x128(q_EOI: Tensor, scale: Tensor) -> Tensor:
@@ -88,9 +91,21 @@ def reference_quantize_128x1(x_RK: Tensor, ends_E: Tensor | None = None) -> tupl
         x = torch.where((torch.arange(rows, device=x.device) < ends_E[-1])[:, None], x, 0)
     blocks = _padded(x, 0).view(-1, BLOCK, width)
     scale = _scale(_largest(blocks, 1))
-    q = _transposed_rows(x_RK)
-    q.copy_(_rounded(blocks, scale[:, None, :]).view(-1, width)[:rows].T)
-    return q, scale
+    q = _rounded(blocks, scale[:, None, :]).view(torch.uint8)
+    if ends_E is not None:
+        shared, inside = _shared_blocks(ends_E, q.shape[0])
+        q = torch.cat((q, torch.where(inside[:, :, None], q[shared], 0)))
+        scale = torch.cat((scale, scale[shared]))
+    return q.view(-1, width).T.contiguous().view(E4M3), scale
+
+
+def _shared_blocks(ends_E: Tensor, num_blocks: int) -> tuple[Tensor, Tensor]:
+    """Return the blocks in which each expert begins and ends (2E), and which of their rows are its own (2E, 128)."""
+    ends = ends_E.long().clamp_max(num_blocks * BLOCK)
+    starts = F.pad(ends[:-1], (1, 0))
+    shared = (torch.stack((starts, ends), 1) // BLOCK).clamp_max(num_blocks - 1).flatten()
+    rows = shared[:, None] * BLOCK + torch.arange(BLOCK, device=ends.device)
+    return shared, (rows >= starts.repeat_interleave(2)[:, None]) & (rows < ends.repeat_interleave(2)[:, None])
 
 
 def reference_quantize_128x128(weight_EOI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,10 +147,11 @@ def _columns(x_RK: Tensor) -> Tensor:
     return x_RK.new_empty(-(-width // BLOCK), -(-rows // 4) * 4, dtype=torch.float32)[:, :rows].T
 
 
-def _transposed_rows(x_RK: Tensor) -> Tensor:
-    """Return an empty q_KR whose rows start at multiples of 16 bytes."""
+def _empty_128x1(x_RK: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return an empty q_KP and scale_QK."""
     rows, width = x_RK.shape
-    return x_RK.new_empty(width, -(-rows // 16) * 16, dtype=E4M3)[:, :rows]
+    blocks = -(-rows // BLOCK) + (0 if ends_E is None else 2 * ends_E.shape[0])
+    return x_RK.new_empty(width, blocks * BLOCK, dtype=E4M3), x_RK.new_empty(blocks, width, dtype=torch.float32)
 
 
 def _check_2d(name: str, x: Tensor) -> None:
@@ -164,19 +180,13 @@ def _quantize_128x1(x_RK: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor
     if runs_triton(x_RK):
         from titan_kernels import quant_kernels
 
-        q, scale = _transposed_rows(x_RK), _blocks_of_rows(x_RK)
+        q, scale = _empty_128x1(x_RK, ends_E)
         quant_kernels.quantize_128x1(x_RK.contiguous(), ends_E, q, scale)
         return q, scale
     return reference_quantize_128x1(x_RK, ends_E)
 
 
-def _blocks_of_rows(x_RK: Tensor) -> Tensor:
-    return x_RK.new_empty(-(-x_RK.shape[0] // BLOCK), x_RK.shape[1], dtype=torch.float32)
-
-
-@_quantize_128x1.register_fake
-def _(x_RK: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _transposed_rows(x_RK), _blocks_of_rows(x_RK)
+_quantize_128x1.register_fake(_empty_128x1)
 
 
 @torch.library.custom_op("titan_kernels::quantize_128x128", mutates_args=())

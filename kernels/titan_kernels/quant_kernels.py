@@ -25,18 +25,18 @@ def quantize_1x128(x_RK: Tensor, q_RK: Tensor, scale_RB: Tensor) -> None:
     """Launch the quantisation of 1 x 128 blocks into `q_RK` and the columns of `scale_RB`."""
     num_rows, width = x_RK.shape
     if x_RK.numel():
-        _quantize_1x128[(triton.cdiv(num_rows, ROWS_1X128), triton.cdiv(width, 128))](
+        _quantize_1x128[(triton.cdiv(num_rows, ROWS_1X128) * triton.cdiv(width, 128),)](
             x_RK, q_RK, scale_RB, num_rows, width, scale_RB.stride(1), ROWS=ROWS_1X128, num_warps=WARPS_1X128
         )
 
 
-def quantize_128x1(x_RK: Tensor, ends_E: Tensor | None, q_KR: Tensor, scale_BK: Tensor) -> None:
+def quantize_128x1(x_RK: Tensor, ends_E: Tensor | None, q_KP: Tensor, scale_QK: Tensor) -> None:
     """Launch the quantisation of 128 x 1 blocks, transposed."""
-    num_rows, width = x_RK.shape
+    (num_rows, width), num_blocks = x_RK.shape, scale_QK.shape[0]
     if x_RK.numel():
-        ends, num_experts = (scale_BK, 0) if ends_E is None else (ends_E, ends_E.shape[0])
-        _quantize_128x1[(triton.cdiv(num_rows, 128), triton.cdiv(width, COLUMNS_128X1))](
-            x_RK, ends, q_KR, scale_BK, num_rows, width, q_KR.stride(0), num_experts,
+        ends, num_experts = (scale_QK, 0) if ends_E is None else (ends_E, ends_E.shape[0])
+        _quantize_128x1[(num_blocks * triton.cdiv(width, COLUMNS_128X1),)](
+            x_RK, ends, q_KP, scale_QK, num_rows, width, num_blocks, num_experts,
             ENDS=ends_E is not None, COLUMNS=COLUMNS_128X1, num_warps=WARPS_128X1,
         )  # fmt: skip
 
@@ -75,35 +75,64 @@ def rounded(x, scale):
 
 @triton.jit(do_not_specialize=["num_rows", "scale_stride"])
 def _quantize_1x128(x_ptr, q_ptr, scale_ptr, num_rows, width, scale_stride, ROWS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(1) * 128 + tl.arange(0, 128))[None, :]
+    m, k = _block_at(width, 128)
+    row = m * ROWS + tl.arange(0, ROWS)
+    column = (k * 128 + tl.arange(0, 128))[None, :]
     at = row.to(tl.int64)[:, None] * width + column
     inside = (row < num_rows)[:, None] & (column < width)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), 1))
     tl.store(q_ptr + at, rounded(x, scale[:, None]), mask=inside)
-    tl.store(scale_ptr + tl.program_id(1).to(tl.int64) * scale_stride + row, scale, mask=row < num_rows)
+    tl.store(scale_ptr + k.to(tl.int64) * scale_stride + row, scale, mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "q_stride"], do_not_specialize_on_alignment=["q_stride"])
+@triton.jit
+def _block_at(width, COLUMNS: tl.constexpr):
+    """Return (block of rows, block of columns) of this program: neighbours read neighbouring bytes."""
+    across = tl.cdiv(width, COLUMNS)
+    return tl.program_id(0) // across, tl.program_id(0) % across
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _quantize_128x1(
-    x_ptr, ends_ptr, q_ptr, scale_ptr, num_rows, width, q_stride, num_experts,
+    x_ptr, ends_ptr, q_ptr, scale_ptr, num_rows, width, num_blocks, num_experts,
     ENDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    q_stride = tl.multiple_of(q_stride, 16)
-    row = tl.program_id(0) * 128 + tl.arange(0, 128)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    last = num_rows
+    place, k = _block_at(width, COLUMNS)
+    block, begin, end, last = place, 0, num_rows, num_rows
     if ENDS:
         last = tl.minimum(tl.load(ends_ptr + num_experts - 1), num_rows)
-    inside = (row < last)[:, None] & (column < width)[None, :]
-    at = row.to(tl.int64)[:, None] * width + column[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    scale = scale_of(tl.max(tl.abs(x), 0))
-    q = rounded(x, scale[None, :])
-    written = (column < width)[:, None] & (row < num_rows)[None, :]
-    tl.store(q_ptr + column.to(tl.int64)[:, None] * q_stride + row[None, :], q.T, mask=written)
-    tl.store(scale_ptr + tl.program_id(0).to(tl.int64) * width + column, scale, mask=column < width)
+        block, begin, end = _shared_block(ends_ptr, place, num_blocks - 2 * num_experts)
+    if begin < end:
+        row, column = block * 128 + tl.arange(0, 128), k * COLUMNS + tl.arange(0, COLUMNS)
+        inside = (row < last)[:, None] & (column < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + column[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(x), 0))
+        q = rounded(tl.where(((row >= begin) & (row < end))[:, None], x, 0.0), scale[None, :])
+        line = q_ptr + column.to(tl.int64)[:, None] * (num_blocks * 128)
+        tl.store(line + place * 128 + tl.arange(0, 128)[None, :], q.T, mask=(column < width)[:, None])
+        tl.store(scale_ptr + place.to(tl.int64) * width + column, scale, mask=column < width)
+
+
+@triton.jit
+def _shared_block(ends_ptr, place, num_blocks):
+    """Return which block of rows stands at `place`, and which rows of it: all, or after all blocks an expert's.
+
+    Those are two an expert: the block of its first row, and the one after its last whole one. No rows where it shares
+    no such block, or where both are one.
+    """
+    shared = place - num_blocks
+    expert = shared // 2
+    start = tl.load(ends_ptr + expert - 1, mask=shared >= 2, other=0)
+    end = tl.minimum(tl.load(ends_ptr + expert, mask=shared >= 0, other=0), num_blocks * 128)
+    first, after = tl.cdiv(start, 128), end // 128
+    tail = shared % 2 == 1
+    block = tl.where(tail, after, first - 1)
+    begin = tl.where(tail, tl.where(after < first, end, after * 128), start)
+    stop = tl.where(tail, end, tl.minimum(end, first * 128))
+    ordinary = shared < 0
+    return tl.where(ordinary, place, block), tl.where(ordinary, 0, begin), tl.where(ordinary, num_blocks * 128, stop)
 
 
 @triton.jit

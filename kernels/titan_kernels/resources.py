@@ -23,8 +23,8 @@ HEADING = """# What the kernels take
 
 Printed by `python -m titan_kernels.resources` with {versions}: compiled for the architectures named, run on
 none. Registers are those of a thread, spills the instructions that move registers to or from local memory, instructions
-how often matrix units (HMMA, HGMMA, QGMMA, UTCHMMA, UTCQMMA), the copy engine (UTMALDG) and asynchronous copies
-(LDGSTS) stand in the code.
+how often matrix units (HMMA, HGMMA, QGMMA, UTCHMMA, UTCQMMA), the copy engine (UTMALDG, UTMASTG) and asynchronous
+copies (LDGSTS) stand in the code.
 """
 
 
@@ -88,7 +88,7 @@ def quant(num_rows: int = ROWS) -> None:
 
     x, weight = empty(num_rows, WIDTH), empty(EXPERTS, HIDDEN, WIDTH)
     kernels.quantize_1x128(x, _float8(x), _scales(num_rows, WIDTH))
-    kernels.quantize_128x1(x, empty(EXPERTS, dtype=torch.int32), _float8_turned(num_rows, WIDTH), _row_scales(num_rows))
+    kernels.quantize_128x1(x, empty(EXPERTS, dtype=torch.int32), *_turned(num_rows, WIDTH))
     scale = empty(EXPERTS, HIDDEN // 128, WIDTH // 128, dtype=torch.float32)
     kernels.quantize_128x128(weight, _float8(weight), empty(EXPERTS, WIDTH, HIDDEN, dtype=E4M3), scale)
     kernels.quantize_rowwise(x, _float8(x), empty(num_rows, dtype=torch.float32))
@@ -101,11 +101,9 @@ def fp8_grouped_gemm(num_rows: int = ROWS) -> None:
     x, weight, ends = empty(num_rows, WIDTH, dtype=E4M3), empty(EXPERTS, HIDDEN, WIDTH, dtype=E4M3), empty(EXPERTS)
     ends, fp32 = ends.int(), partial(empty, dtype=torch.float32)
     scale = fp32(EXPERTS, HIDDEN // 128, WIDTH // 128)
-    kernels.product(x, _scales(num_rows, WIDTH), weight, scale, ends, torch.bfloat16, blockwise=True)
-    kernels.product(x, fp32(num_rows), weight, fp32(EXPERTS, HIDDEN), ends, torch.bfloat16, blockwise=False)
-    grad, x = _float8_turned(num_rows, HIDDEN), _float8_turned(num_rows, WIDTH)
-    scales = fp32(-(-num_rows // 128), HIDDEN), _row_scales(num_rows)
-    kernels.weight_gradient(grad, scales[0], x, scales[1], ends, torch.bfloat16)
+    kernels.blockwise_product(x, _scales(num_rows, WIDTH), weight, scale, ends, torch.bfloat16)
+    kernels.rowwise_product(x, fp32(num_rows), weight, fp32(EXPERTS, HIDDEN), ends, torch.bfloat16)
+    kernels.weight_gradient(*_turned(num_rows, HIDDEN), *_turned(num_rows, WIDTH), ends, torch.bfloat16)
 
 
 def pointwise(num_tokens: int = TOKENS) -> None:
@@ -190,16 +188,13 @@ def _float8(x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=E4M3)
 
 
-def _float8_turned(num_rows: int, width: int) -> Tensor:
-    return empty(width, -(-num_rows // 16) * 16, dtype=E4M3)[:, :num_rows]
+def _turned(num_rows: int, width: int) -> tuple[Tensor, Tensor]:
+    blocks = -(-num_rows // 128) + 2 * EXPERTS
+    return empty(width, blocks * 128, dtype=E4M3), empty(blocks, width, dtype=torch.float32)
 
 
 def _scales(num_rows: int, width: int) -> Tensor:
     return empty(width // 128, -(-num_rows // 4) * 4, dtype=torch.float32)[:, :num_rows].T
-
-
-def _row_scales(num_rows: int) -> Tensor:
-    return empty(-(-num_rows // 128), WIDTH, dtype=torch.float32)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ PRODUCTS = (
     "_product",
     "_weight_gradient",
     "_gated_product",
+    "_blockwise_product",
+    "_rowwise_product",
 )
 UNITS = {
     (80, "bf16"): ("HMMA", "LDGSTS"),
@@ -53,9 +55,10 @@ def test_nothing_is_compiled_anew_for_another_number_of_tokens(name: str, launch
     assert kernels[0] == kernels[1] == kernels[2]
 
 
-def test_the_copy_engine_writes_what_the_matrix_units_computed() -> None:
-    for kernel, took in taken(dict((name, launches) for name, launches, _ in CASES)["expert_mlp bf16"], 90):
-        if kernel in ("_product", "_weight_gradient"):
+@pytest.mark.parametrize("case", ["expert_mlp bf16", "fp8_grouped_gemm"])
+def test_the_copy_engine_writes_what_the_matrix_units_computed(case: str) -> None:
+    for kernel, took in taken(dict((name, launches) for name, launches, _ in CASES)[case], 90):
+        if kernel in PRODUCTS and kernel != "_gated_product":
             assert took.instructions["UTMASTG"] > 0, kernel
 
 

@@ -37,7 +37,7 @@ def test_each_value_is_within_half_a_step() -> None:
     q, scale = quantize_1x128(x)
     assert within_half_a_step(dequantize_1x128(q, scale), x, scale.repeat_interleave(128, 1)[:, :200])
     q, scale = quantize_128x1(x)
-    assert within_half_a_step(dequantize_128x1(q, scale), x, scale.repeat_interleave(128, 0)[:130])
+    assert within_half_a_step(dequantize_128x1(q, scale)[:130], x, scale.repeat_interleave(128, 0)[:130])
     q, turned, scale = quantize_128x128(x[None])
     spread = scale[0].repeat_interleave(128, 0)[:130].repeat_interleave(128, 1)[:, :200]
     assert within_half_a_step(dequantize_128x128(q, scale)[0], x, spread)
@@ -50,7 +50,8 @@ def test_layouts_are_what_the_copy_engine_reads() -> None:
     q, scale = quantize_1x128(torch.randn(5, 300))
     assert (scale.shape, scale.stride()) == ((5, 3), (1, 8))
     q, scale = quantize_128x1(torch.randn(130, 40))
-    assert (q.shape, q.stride(), scale.shape) == ((40, 130), (144, 1), (2, 40))
+    assert (q.shape, q.stride(), scale.shape) == ((40, 256), (256, 1), (2, 40))
+    assert q[:, 130:].float().count_nonzero() == 0
 
 
 def test_zeros_and_nan_divide_by_nothing() -> None:
@@ -67,8 +68,20 @@ def test_rows_of_nobody_do_not_count() -> None:
     x = torch.randn(6, 8)
     x[4:] = torch.nan
     q, scale = quantize_128x1(x, torch.tensor([1, 4], dtype=torch.int32))
-    assert within_half_a_step(dequantize_128x1(q, scale)[:4], x[:4], scale.expand(4, -1))
-    assert q[:, 4:].float().count_nonzero() == 0
+    assert within_half_a_step(dequantize_128x1(q, scale)[:4], x[:4], scale[0].expand(4, -1))
+    assert q[:, 4:128].float().count_nonzero() == 0
+
+
+def test_experts_have_their_rows_of_the_blocks_that_they_share() -> None:
+    x = torch.randn(300, 8)
+    q, scale = quantize_128x1(x, torch.tensor([130, 290], dtype=torch.int32))
+    assert (q.shape, scale.shape) == ((8, 7 * 128), (7, 8))
+    values = dequantize_128x1(q, scale).view(7, 128, 8)
+    assert values[:3].flatten(0, 1)[290:].count_nonzero() == 0
+    for block, rows in ((4, slice(128, 130)), (5, slice(130, 256)), (6, slice(256, 290))):
+        expected = torch.zeros(128, 8)
+        expected[rows.start % 128 : (rows.stop - 1) % 128 + 1] = values[:3].flatten(0, 1)[rows]
+        torch.testing.assert_close(values[block], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("recipe", ["blockwise", "rowwise"])

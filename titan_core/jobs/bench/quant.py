@@ -83,7 +83,11 @@ def _truth(x: Tensor, blocks: tuple[int, int]) -> Sequence[Tensor]:
 
 
 def _prepared(cast: Cast, x: Tensor, operation: _Operation) -> Prepared:
-    return Prepared(lambda: cast(x), lambda found: list(operation.values(found)))
+    def values(found: Any) -> list[Tensor]:
+        values, scale = operation.values(found)
+        return [values[..., : x.shape[-2], :], scale]  # without the rows that fill a block
+
+    return Prepared(lambda: cast(x), values)
 
 
 def _of_titan(name: str) -> Cast:
