@@ -1,7 +1,7 @@
 """Triton kernels of `permutation.py`.
 
 Bytes that must move, with e bytes an element: permute T*D*e read and R*D*e written, unpermute the same the other way,
-its backward T*D*e and R*D*e read and R*D*e written. All three go by token, so that a token (or its gradient) is read once
+its backward (T + R)*D*e read and R*D*e written. All three go by token, so that a token, or its gradient, is read once
 and goes to its K rows from registers; a few programs more clear the rows that are padding. Placement moves a few
 integers an assignment; what it costs is its two launches.
 """
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Untuned: never measured on a GPU. A chunk of 2048 is what eight warps sort in registers, and few enough chunks for each
-# to add up the counts of all. A thread of four warps holds eight columns (16 bytes in bf16) of up to eight rows.
+# Untuned: never measured on a GPU. A chunk of 2048 is what eight warps sort in registers, and makes chunks so few that
+# each can add up the counts of all. A thread of four warps holds eight columns (16 bytes in bf16) of up to eight rows.
 CHUNK, CHUNK_WARPS = 2048, 8
 COUNTS = 4096  # of the other chunks, read at once
 COLUMNS, NUM_WARPS = 1024, 4
