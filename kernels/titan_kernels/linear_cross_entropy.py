@@ -1,7 +1,9 @@
 """Cross-entropy of a linear head, with gradients, that never stores the logits of all rows.
 
 Three matmuls a chunk of rows and one kernel between them, which turns logits into their gradient where they lie. With
-chunks as large as `CHUNK` allows, the matmuls run at full speed and the weight's gradient is written a few times only.
+chunks as large as `_rows_of_chunk` allows, the matmuls run at full speed and the weight's gradient is written a few
+times only. Beyond the gradients this takes at most a sixth of what a plain head and cross-entropy do: those hold three
+fp32 copies of all logits, this one in bf16, or a chunk and an fp32 sum where that is less.
 
 Shapes: N rows, D width, V vocabulary.
 """
@@ -16,8 +18,8 @@ from torch import Tensor
 from titan_kernels.launch import runs_triton
 
 IGNORE = -100
-# Logits of one chunk: 512 MiB in bf16, 2093 rows at a vocabulary of 128,256. Untuned: never measured on a GPU. Smaller
-# chunks pass over the weight's gradient more often (V*D*8 bytes each), larger ones need more memory.
+# Logits of one chunk of several: 512 MiB in bf16, 2093 rows at a vocabulary of 128,256. Untuned: never measured on a
+# GPU. Smaller chunks pass over the weight's gradient more often (V*D*8 bytes each), larger ones need more memory.
 CHUNK = 1 << 28
 ROUND_ROWS = 128  # rows of a chunk are a multiple of this: whole tiles for the matmuls
 
@@ -28,7 +30,7 @@ def linear_cross_entropy(
     labels_N: Tensor,
     *,
     scale: Tensor | None = None,
-    chunk_logits: int = CHUNK,
+    chunk_logits: int | None = None,
 ) -> Tensor:
     """Return the sum over rows of -log softmax(hidden @ weight.T)[label], fp32; rows labelled -100 count nothing.
 
@@ -36,7 +38,7 @@ def linear_cross_entropy(
     Gradients are formed in the forward and scaled in place in the backward, which can run once; where the gradient that
     comes is 1, it does nothing. So pass as `scale`, an fp32 scalar on the device, what the loss is to be multiplied
     with, e.g. 1 / number of targets. A label outside the vocabulary makes the loss NaN. `chunk_logits` bounds the
-    logits that exist at once.
+    logits that exist at once; unless it is given, chunks are what takes the least memory.
     """
     if hidden_ND.dim() != 2 or weight_VD.dim() != 2 or labels_N.dim() != 1:
         raise ValueError("linear_cross_entropy() takes hidden (N, D), weight (V, D) and labels (N)")
@@ -46,7 +48,7 @@ def linear_cross_entropy(
             f"{labels_N.shape[0]} labels"
         )
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, weight_VD)]
-    rows = _rows_of_chunk(weight_VD.shape[0], chunk_logits)
+    rows = _rows_of_chunk(hidden_ND, weight_VD, chunk_logits, sums=wanted[1])
     return torch.ops.titan_kernels.linear_cross_entropy(hidden_ND, weight_VD, labels_N, scale, rows, *wanted)[0]
 
 
@@ -86,9 +88,18 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _rows_of_chunk(vocabulary: int, chunk_logits: int) -> int:
-    rows = max(1, chunk_logits // vocabulary)
-    return rows // ROUND_ROWS * ROUND_ROWS or rows
+def _rows_of_chunk(hidden_ND: Tensor, weight_VD: Tensor, chunk_logits: int | None, sums: bool) -> int:
+    """Return how many rows of logits exist at once.
+
+    A gradient of the weight that is summed over chunks takes 4 * V*D bytes more where it is not fp32 in the end: all
+    rows at once take less until their logits outgrow that and a chunk.
+    """
+    rows = max(1, (CHUNK if chunk_logits is None else chunk_logits) // weight_VD.shape[0])
+    rows = rows // ROUND_ROWS * ROUND_ROWS or rows
+    if chunk_logits is None and sums and weight_VD.dtype != _wide(hidden_ND):
+        whole = rows + 4 * hidden_ND.shape[1] // hidden_ND.element_size()
+        return whole if hidden_ND.shape[0] <= whole else rows
+    return rows
 
 
 @torch.library.custom_op("titan_kernels::cross_entropy_", mutates_args={"logits_NV"})
@@ -135,6 +146,7 @@ def _forward(
     total = hidden_ND.new_zeros((), dtype=_wide(hidden_ND))
     grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else hidden_ND.new_empty(0)
     grad_weight: Tensor | None = None
+    wide = hidden_ND.shape[0] > rows or weight_VD.dtype == _wide(hidden_ND)
     for start in range(0, hidden_ND.shape[0], rows):
         part = slice(start, start + rows)
         logits = hidden_ND[part] @ weight.T
@@ -142,15 +154,15 @@ def _forward(
         if wants_hidden:
             torch.mm(logits, weight, out=grad_hidden[part])
         if wants_weight:
-            grad_weight = _accumulate(grad_weight, logits.T, hidden_ND[part], hidden_ND.shape[0] > rows)
+            grad_weight = _accumulate(grad_weight, logits.T, hidden_ND[part], wide)
     if not wants_weight:
         return total, grad_hidden, weight_VD.new_empty(0)
     return total, grad_hidden, (torch.zeros_like(weight) if grad_weight is None else grad_weight).to(weight_VD.dtype)
 
 
-def _accumulate(into: Tensor | None, a: Tensor, b: Tensor, more: bool) -> Tensor:
-    """Return `into + a @ b`, in fp32 and in place where there is more than one product to add."""
-    if not more:
+def _accumulate(into: Tensor | None, a: Tensor, b: Tensor, wide: bool) -> Tensor:
+    """Return `into + a @ b`, in fp32 and in place where `wide`; else there is nothing to add to."""
+    if not wide:
         return a @ b
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):  # cuBLAS adds within the product, in fp32
         if into is None:

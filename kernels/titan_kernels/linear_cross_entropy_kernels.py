@@ -1,8 +1,8 @@
 """Triton kernels of `linear_cross_entropy.py`: logits to losses and, in place, to their gradient; and its scaling.
 
 A program takes one row and passes over it twice: once for the largest logit and the sum of exponentials, once to write
-softmax - onehot. 3 * N*V numbers move at most; at a vocabulary of 128,256 a bf16 row is 256 KB, so that the second
-pass of as many rows as a Hopper GPU has multiprocessors finds them in its 50 MB of L2.
+softmax - onehot. 3 * N*V numbers move at most. With 32 warps a program fills a Hopper multiprocessor, so that the rows
+at work (132 of 256 KB in bf16, at a vocabulary of 128,256) stay in 50 MB of L2 until their second pass: 2 * N*V then.
 """
 # pyright: reportCallIssue=false
 
@@ -17,7 +17,9 @@ from titan_kernels.launch import num_programs
 from titan_kernels.linear_cross_entropy import IGNORE
 
 SCALED, WAVES = 8192, 4  # numbers a step of the scaling, and programs a multiprocessor
-BLOCK, NUM_WARPS = 8192, 16  # 16 numbers a thread: two 16-byte loads in bf16. Untuned: never measured on a GPU
+# Untuned: never measured on a GPU. A thread holds STEPS times eight numbers, each two 16-byte loads in fp32, one in
+# bf16. Every column of a tile has its own largest number and sum, in its thread: threads meet once a row, not a tile.
+STEPS, COLUMNS_OF_WARP, MOST_WARPS = 2, 256, 32
 LOG2_E = 1.4426950408889634
 SMALLEST = -3.0e38  # not -inf: exp2(-inf + inf) is NaN
 
@@ -27,11 +29,11 @@ def cross_entropy_(logits_NV: Tensor, labels_N: Tensor, scale: Tensor | None, sl
     num_rows, vocabulary = logits_NV.shape
     losses = logits_NV.new_empty(num_rows, dtype=torch.float32)
     if num_rows:
-        block = min(BLOCK, triton.next_power_of_2(vocabulary))
+        warps = min(MOST_WARPS, max(4, triton.next_power_of_2(vocabulary) // (STEPS * COLUMNS_OF_WARP)))
         _cross_entropy[(num_rows,)](
             logits_NV, labels_N, losses if scale is None else scale, losses, vocabulary, logits_NV.stride(0),
-            IGNORE=IGNORE, SLOPE=slope, SCALED=scale is not None, BLOCK=block, LOG2=LOG2_E, LEAST=SMALLEST,
-            num_warps=max(4, NUM_WARPS * block // BLOCK),
+            IGNORE=IGNORE, SLOPE=slope, SCALED=scale is not None, STEPS=STEPS, COLUMNS=COLUMNS_OF_WARP * warps,
+            LOG2=LOG2_E, LEAST=SMALLEST, num_warps=warps,
         )  # fmt: skip
     return losses
 
@@ -58,35 +60,38 @@ def _scale(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
 @triton.jit
 def _cross_entropy(
     logits_ptr, labels_ptr, scale_ptr, losses_ptr, vocabulary, stride, IGNORE: tl.constexpr, SLOPE: tl.constexpr,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr, LOG2: tl.constexpr, LEAST: tl.constexpr,
+    SCALED: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr, LOG2: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     scale = tl.load(scale_ptr).to(tl.float32) if SCALED else 1.0
     row_ptr = logits_ptr + row * stride
-    column = tl.arange(0, BLOCK)
+    column = tl.arange(0, STEPS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if label == IGNORE:
         tl.store(losses_ptr + row, 0.0)
         if SLOPE:
-            zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
-            for start in range(0, vocabulary, BLOCK):
+            zeros = tl.zeros((STEPS, COLUMNS), logits_ptr.dtype.element_ty)
+            for start in range(0, vocabulary, STEPS * COLUMNS):
                 tl.store(row_ptr + start + column, zeros, mask=start + column < vocabulary)
     else:
         inside = (label >= 0) & (label < vocabulary)
         own = tl.load(row_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-        largest = tl.full((), LEAST, tl.float32)
-        total = tl.zeros((), tl.float32)
-        for start in range(0, vocabulary, BLOCK):
+        largest = tl.full((COLUMNS,), LEAST, tl.float32)
+        total = tl.zeros((COLUMNS,), tl.float32)
+        for start in range(0, vocabulary, STEPS * COLUMNS):
             mask = start + column < vocabulary
-            x = tl.load(row_ptr + start + column, mask=mask, other=-float("inf")).to(tl.float32) * LOG2
+            x = tl.load(row_ptr + start + column, mask=mask, other=-float("inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32) * LOG2
             before = largest
             largest = tl.maximum(before, tl.max(x, 0))
-            total = total * tl.exp2(before - largest) + tl.sum(tl.exp2(x - largest), 0)
-        log_total = largest + tl.log2(total)
+            total = total * tl.exp2(before - largest) + tl.sum(tl.exp2(x - largest[None, :]), 0)
+        highest = tl.max(largest, 0)
+        log_total = highest + tl.log2(tl.sum(total * tl.exp2(largest - highest), 0))
         tl.store(losses_ptr + row, (log_total / LOG2 - own) * scale)
         if SLOPE:
-            for start in range(0, vocabulary, BLOCK):
+            for start in range(0, vocabulary, STEPS * COLUMNS):
                 mask = start + column < vocabulary
-                x = tl.load(row_ptr + start + column, mask=mask, other=0.0).to(tl.float32) * LOG2
-                slope = tl.exp2(x - log_total) - tl.where(start + column == label, 1.0, 0.0)
-                tl.store(row_ptr + start + column, (slope * scale).to(logits_ptr.dtype.element_ty), mask=mask)
+                x = tl.load(row_ptr + start + column, mask=mask, other=0.0, eviction_policy="evict_first")
+                slope = tl.exp2(x.to(tl.float32) * LOG2 - log_total) - tl.where(start + column == label, 1.0, 0.0)
+                slope = (slope * scale).to(logits_ptr.dtype.element_ty)
+                tl.store(row_ptr + start + column, slope, mask=mask, cache_modifier=".cs")

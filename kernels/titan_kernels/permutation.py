@@ -169,7 +169,7 @@ def _permute(x_TD: Tensor, row_TK: Tensor, source_R: Tensor) -> Tensor:
     if runs_triton(x_TD):
         from titan_kernels import permutation_kernels
 
-        return permutation_kernels.gather(x_TD.contiguous(), source_R, row_TK.shape[1])
+        return permutation_kernels.scatter(x_TD.contiguous(), row_TK, source_R)
     return _gather_rows(x_TD, source_R, row_TK.shape[1], None)
 
 
@@ -213,7 +213,7 @@ def _unpermute_gradients(
         from titan_kernels import permutation_kernels
 
         return permutation_kernels.combine_backward(
-            grad_TD.contiguous(), rows_RD.contiguous(), source_R, weights_TK.contiguous()
+            grad_TD.contiguous(), rows_RD.contiguous(), row_TK, source_R, weights_TK.contiguous()
         )
     wide, grad_weights = _accumulator(rows_RD), torch.zeros_like(weights_TK)
     for choice, row in enumerate(row_TK.unbind(1)):

@@ -34,16 +34,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def permutation(num_tokens: int = TOKENS) -> None:
-    """Launch placement, gather and combination with their gradients."""
+    """Launch placement, scatter and combination with their gradients."""
     from titan_kernels import permutation_kernels as kernels
 
     num_rows = num_tokens * TOP_K
     _, _, row, source = kernels.place(empty(num_tokens, TOP_K, dtype=torch.int64), EXPERTS, 1, num_rows)
     x, weights = empty(num_tokens, WIDTH), empty(num_tokens, TOP_K, dtype=torch.float32)
-    rows = kernels.gather(x, source, TOP_K)
+    rows = kernels.scatter(x, row, source)
     kernels.combine(rows, row, None)
     kernels.combine(rows, row, weights)
-    kernels.combine_backward(x, rows, source, weights)
+    kernels.combine_backward(x, rows, row, source, weights)
 
 
 def grouped_gemm(dtype: torch.dtype, num_tokens: int = TOKENS) -> None:

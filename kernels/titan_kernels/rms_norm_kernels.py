@@ -2,7 +2,7 @@
 
 Bytes that must move, with e bytes a number: forward 2 * N*D*e, backward 3 * N*D*e. A program holds whole rows, walks
 over the rows with a stride, and keeps its part of the weight's gradient in registers until its last row: one fp32 row
-a program is written, and their sum is in a fixed order.
+a program is written, and one more launch sums these in a fixed order.
 """
 # pyright: reportCallIssue=false
 
@@ -18,6 +18,7 @@ from titan_kernels.launch import num_programs
 # Untuned: never measured on a GPU. 4096 numbers a tile are 32 a thread of four warps: four 16-byte loads in bf16.
 TILE = 4096
 FORWARD_WAVES, BACKWARD_WAVES = 8, 4  # programs a multiprocessor
+SUMMED = (64, 32)  # parts and columns of a tile of their sum
 
 
 def forward(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,11 @@ def backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, inverse_N: Tensor)
         grad_ND, x_ND, weight_D, inverse_N, grad_x, parts, num_rows, width,
         ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
-    return grad_x, parts.sum(0).to(weight_D.dtype)
+    grad_weight = torch.empty_like(weight_D)
+    _sum[(triton.cdiv(width, SUMMED[1]),)](
+        parts, grad_weight, programs, width, ROWS=SUMMED[0], COLUMNS=SUMMED[1], num_warps=4
+    )
+    return grad_x, grad_weight
 
 
 def _tile(width: int, a_thread: int) -> tuple[int, int, int]:
@@ -92,3 +97,14 @@ def _backward(
         grad_x = (grad * weight[None, :] - normed * mean[:, None]) * inverse
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
     tl.store(parts_ptr + tl.program_id(0) * width + column, part, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _sum(parts_ptr, out_ptr, num_rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, num_rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < num_rows)[:, None] & (column < width)[None, :]
+        total += tl.load(parts_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + column, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=column < width)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ranks import run_ranks
-from titan_core.jobs.bench import attention, fused_ce, moe_gemm, permute, plot, pointwise
+from tests.ranks import apart, run_ranks
+from titan_core.jobs.bench import attention, fused_ce, moe_gemm, passes, permute, plot, pointwise
 from titan_core.jobs.bench.case import Absent, Case, Prepared, run_case, worst_row
 from titan_core.jobs.bench.collectives import COLLECTIVES
 from titan_core.jobs.bench.collectives import run as run_collectives
@@ -205,9 +205,34 @@ def test_bytes_of_what_multiplies_nothing() -> None:
     assert moved["swiglu", "fwd"] == 2 * 3 * 250 * 1000
     assert moved["swiglu", "bwd"] == 2 * 5 * 250 * 1000
     assert moved["rms-norm", "bwd"] == 2 * 3 * 250 * 1000
-    place, forth, back = permute.cases(QUICK, draw())
+    place, forth, back, slopes = permute.cases(QUICK, draw())
     assert place.moved == 16 * 301 * 4
     assert forth.moved == back.moved == 2 * (301 + 301 * 4) * 100 + 4 * 301 * 4
+    assert slopes.moved == 2 * (301 + 2 * 301 * 4) * 100 + 12 * 301 * 4
+
+
+@pytest.mark.parametrize("part", ["permute", "unpermute", "unpermute-bwd"])
+def test_what_compiled_peers_of_permute_compute_is_right(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.setattr(passes, "compiled", lambda function: function)
+    (case,) = (case for case in permute.cases(QUICK, draw()) if case.part == part)
+    (row,) = run_case(case, timer(), ROOFLINE, ["compile"])
+    assert row.verdict == "right"
+
+
+def _kept_after_used() -> list[Tensor]:
+    def chain(x: Tensor) -> Tensor:
+        return torch.sin(torch.tanh(x @ x) @ x)
+
+    operands = passes.Operands([torch.eye(4) / 3], [], torch.ones(4, 4))
+    passes.both(passes.compiled(chain, "aot_eager"), operands)()
+    call = passes.backward(passes.compiled(chain, "aot_eager"), operands)
+    return [*call(), *call(), *passes.backward(chain, operands)()]
+
+
+def test_a_compiled_backward_runs_again_after_one_that_used_its_graph_up() -> None:
+    once, again, plain = apart(_kept_after_used)
+    torch.testing.assert_close(once, plain)
+    torch.testing.assert_close(again, plain)
 
 
 def test_inputs_follow_the_seed() -> None:

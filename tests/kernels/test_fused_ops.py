@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from titan_kernels.linear_cross_entropy import cross_entropy_, linear_cross_entropy, reference_linear_cross_entropy
+from titan_kernels.linear_cross_entropy import (
+    _rows_of_chunk,
+    cross_entropy_,
+    linear_cross_entropy,
+    reference_linear_cross_entropy,
+)
 from titan_kernels.rms_norm import reference_rms_norm, rms_norm
 from titan_kernels.rotary import reference_rotate_pairs, rotate_pairs
 from titan_kernels.swiglu import reference_swiglu, swiglu
@@ -99,6 +104,32 @@ def test_gradients_of_a_large_head_do_not_depend_on_the_chunks() -> None:
     )
     for x, y in zip(whole, parts, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2048, 4096, 8192, 10240, 10241, 16384, 65536])
+def test_the_loss_takes_a_sixth_of_the_memory_of_a_plain_one(num_rows: int) -> None:
+    """Three fp32 copies of the logits: themselves, their logarithms, their gradient."""
+    vocabulary, width = 128256, 4096
+    hidden, weight = (torch.empty(rows, width, dtype=torch.bfloat16, device="meta") for rows in (num_rows, vocabulary))
+    rows = _rows_of_chunk(hidden, weight, None, sums=True)
+    sums = 4 * vocabulary * width if num_rows > rows else 0
+    assert 2 * min(rows, num_rows) * vocabulary + sums <= 3 * 4 * num_rows * vocabulary / 6
+    assert _rows_of_chunk(hidden, weight, None, sums=False) == 2048  # nothing to sum
+    assert _rows_of_chunk(hidden, weight.float(), None, sums=True) == 2048  # the sum is the gradient
+    assert _rows_of_chunk(hidden, weight, 300 * vocabulary, sums=True) == 256  # as asked
+
+
+@pytest.mark.parametrize("chunk", [None, 40 * 128])
+def test_the_gradient_of_an_fp32_weight_is_not_rounded_on_the_way(chunk: int | None) -> None:
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(300, 16).bfloat16(), torch.randint(40, (300,))
+    weight = torch.randn(40, 16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_logits=chunk)
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert grad.dtype == torch.float32
+    wide = weight.detach().bfloat16().double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference_linear_cross_entropy(hidden.double(), wide, labels), wide)
+    torch.testing.assert_close(grad.double(), expected, rtol=0, atol=2**-7 * expected.abs().max().item())
 
 
 def test_gradients_scaled_in_place_cannot_be_asked_for_twice() -> None:

@@ -62,7 +62,7 @@ def moe_layer(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _S
 def permute(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
     """Rows to their experts and back.
 
-    Placement, permute and unpermute, beside a sort, a gather and a sum by torch.
+    Placement, permute and unpermute with its gradient, beside a sort, gathers and sums by torch, plain and compiled.
     """
     _run(ctx, ["permute"], Request(), backend, seed, plot)
 

@@ -5,7 +5,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from titan_kernels.expert_mlp import expert_mlp, routed_mlp
 from titan_kernels.fp8_grouped_gemm import fp8_grouped_linear
-from titan_kernels.permutation import permute, place, reference_permute, reference_place, reference_unpermute, unpermute
+from titan_kernels.permutation import (
+    Placement,
+    permute,
+    place,
+    reference_permute,
+    reference_place,
+    reference_unpermute,
+    unpermute,
+)
 
 from tests.kernels.routing import EXACT, TOLERANCE, distance
 from tests.kernels.test_permutation import check, routings
@@ -81,3 +89,62 @@ def test_rows_go_and_come_back(device: torch.device, dtype: torch.dtype, weighte
     assert torch.autograd.grad(unpermute(values, placement, weights), values, grad)[0][padding].count_nonzero() == 0
     (grad_x,) = torch.autograd.grad(rows, x, values.detach())
     torch.testing.assert_close(grad_x, reference_unpermute(values.detach(), placement))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "width", "room"),
+    [(0, 2, 5, 99), (9, 1, 1, 99), (21, 8, 33, 150), (7, 10, 1040, 99), (11, 5, 20, 40)],  # the last loses rows
+)
+def test_every_row_is_written_and_nobodys_counts(
+    device: torch.device, poisoned: None, num_tokens: int, top_k: int, width: int, room: int
+) -> None:
+    experts = torch.randint(-1, 12, (num_tokens, top_k), device=device)
+    experts[::4] = -1  # tokens with no row at all
+    counts, ends, row, source = place(experts, 11, 4)
+    placement = Placement(counts, ends, row.where(row < room, -1), source[:room])
+    x = torch.randn(num_tokens, width, device=device, requires_grad=True)
+    rows = permute(x, placement)
+    assert rows.shape[0] == min(room, source.shape[0])
+    torch.testing.assert_close(rows, reference_permute(x, placement), **EXACT)
+    values = torch.randn_like(rows)
+    values[placement.source_R < 0] = torch.nan  # of nobody
+    weights = torch.rand(num_tokens, top_k, device=device)
+    weights[placement.row_TK < 0] = torch.nan
+    for scale in (None, weights):
+        leaves = [values.clone().requires_grad_(), *([] if scale is None else [scale.clone().requires_grad_()])]
+        found, expected = (f(leaves[0], placement, *leaves[1:]) for f in (unpermute, reference_unpermute))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        grad = torch.randn_like(found)
+        of_rows, *of_weights = torch.autograd.grad(found, leaves, grad)
+        products = reference_permute(grad, placement)
+        if scale is not None and num_tokens:
+            products = products * scale.flatten()[placement.source_R.clamp_min(0).long()][:, None]
+            dots = (grad[:, None] * values[placement.row_TK.clamp_min(0).long()]).sum(-1)
+            torch.testing.assert_close(of_weights[0], dots.where(placement.row_TK >= 0, 0), rtol=1e-5, atol=1e-4)
+        products = products.masked_fill((placement.source_R < 0)[:, None], 0)
+        torch.testing.assert_close(of_rows, products, rtol=1e-6, atol=1e-6)
+    (grad_x,) = torch.autograd.grad(rows, x, values)
+    torch.testing.assert_close(grad_x, reference_unpermute(values, placement), rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_does_not_exist_is_neither_read_nor_written(device: torch.device) -> None:
+    placement = place(torch.randint(3, (6, 2), device=device), 3)
+    lost = placement.row_TK.clone()
+    lost[1, 0], lost[4, 1] = 1 << 30, -7
+    x, rows = torch.randn(6, 40, device=device), torch.randn(12, 40, device=device)
+    kept = placement._replace(row_TK=lost.where((lost >= 0) & (lost < 12), -1))
+    lying = placement._replace(row_TK=lost)
+    written = kept.row_TK[kept.row_TK >= 0].long()
+    torch.testing.assert_close(permute(x, lying)[written], reference_permute(x, placement)[written], **EXACT)
+    torch.testing.assert_close(unpermute(rows, lying), reference_unpermute(rows, kept), rtol=1e-6, atol=1e-6)
+    weights = torch.rand(6, 2, device=device, requires_grad=True)
+    (found,) = torch.autograd.grad(unpermute(rows, lying, weights).sum(), weights)
+    assert found[1, 0] == found[4, 1] == 0

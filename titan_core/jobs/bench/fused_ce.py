@@ -106,18 +106,12 @@ def _compiled_training() -> Loss:
     """What training computes with where it compiles the loss: its chunks, and a compiled kernel for each."""
     from titan_core.nn.loss import linear_cross_entropy, loss_and_slope
 
-    _compiler_wanted()
-    inner = torch.compile(loss_and_slope)
+    inner = passes.compiled(loss_and_slope)
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, inner)
 
 
 def _eager(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), labels_N, reduction="sum")
-
-
-def _compiled() -> Loss:
-    _compiler_wanted()
-    return torch.compile(_eager)
 
 
 def _torch() -> Loss:
@@ -138,18 +132,12 @@ def _liger() -> Loss:
     return lambda hidden, weight, labels: loss(weight, hidden, labels)
 
 
-def _compiler_wanted() -> None:
-    """Leave compiled peers out on a CPU, where compiling costs far more time than it is worth here."""
-    if not torch.cuda.is_available():
-        raise Absent("compiled peers are tried on a GPU only")
-
-
 _BACKENDS: dict[str, Callable[[], Loss]] = {
     OWN: _titan,
     "training": _training,
     "training-compiled": _compiled_training,
     "eager": lambda: _eager,
-    "compile": _compiled,
+    "compile": lambda: passes.compiled(_eager),
     "torch": _torch,
     "liger": _liger,
 }

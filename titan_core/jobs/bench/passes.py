@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_core.jobs.bench.case import Call
+from titan_core.jobs.bench.case import Absent, Call
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,18 @@ class Operands:
     tensors: Sequence[Tensor]
     fixed: Sequence[Any]
     grad: Tensor
+
+
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """Return the function as torch compiles it for one shape; on a GPU only, as on a CPU that takes far too long.
+
+    What was compiled before is forgotten: a backward that was compiled where the graph was used once overwrites what
+    the graph holds, and torch refuses to run it on a graph that is kept.
+    """
+    if backend == "inductor" and not torch.cuda.is_available():
+        raise Absent("compiled peers are tried on a GPU only")
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 def forward(function: Callable[..., Tensor], operands: Operands) -> Call:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_core.jobs.bench.case import OWN, Call, Case
+from titan_core.jobs.bench import passes
+from titan_core.jobs.bench.case import OWN, Absent, Call, Case
 from titan_core.jobs.bench.inputs import Draw
 from titan_core.jobs.bench.request import Request
 
 # (tokens, experts, choices, width): DeepSeek-V3, Qwen3 30B, Llama 4 Scout
 SHAPES = ((8192, 256, 8, 7168), (32768, 128, 8, 2048), (16384, 16, 1, 5120))
 REDUCED = ((301, 16, 4, 100),)
-PARTS = ("place", "permute", "unpermute")
+PARTS = ("place", "permute", "unpermute", "unpermute-bwd")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class _Operands:
     weights_TK: Tensor
     x_TD: Tensor
     rows_RD: Tensor
+    grad_TD: Tensor
     num_experts: int
 
 
 def cases(request: Request, draw: Draw) -> Iterator[Case]:
-    """Give the three parts at every shape."""
+    """Give the four parts at every shape."""
     for shape in REDUCED if request.reduced else SHAPES:
         for part in PARTS:
             yield _case(shape, part, draw)
@@ -41,8 +43,14 @@ def cases(request: Request, draw: Draw) -> Iterator[Case]:
 def _case(shape: tuple[int, int, int, int], part: str, draw: Draw) -> Case:
     tokens, experts, choices, width = shape
     rows = tokens * choices
-    # place reads ids (int64) and writes two tables (int32); permute reads tokens and writes rows, unpermute the reverse
-    moved = 16.0 * rows if part == "place" else 2.0 * (tokens + rows) * width + 4.0 * rows
+    # place reads ids (int64) and writes two tables (int32); permute reads tokens and writes rows, unpermute in reverse;
+    # its backward reads gradients of tokens and rows, and writes those of rows and weights
+    moved = {
+        "place": 16.0 * rows,
+        "permute": 2.0 * (tokens + rows) * width + 4.0 * rows,
+        "unpermute": 2.0 * (tokens + rows) * width + 4.0 * rows,
+        "unpermute-bwd": 2.0 * (tokens + 2 * rows) * width + 12.0 * rows,
+    }[part]
     return Case(
         operation="permute",
         shape=f"{tokens}x{width} E={experts} K={choices}",
@@ -52,7 +60,11 @@ def _case(shape: tuple[int, int, int, int], part: str, draw: Draw) -> Case:
         moved=moved,
         inputs=lambda: _operands(shape, draw),
         reference=_TRUTHS[part],
-        backends={OWN: lambda operands: _titan(part, operands), "torch": lambda operands: _torch(part, operands)},
+        backends={
+            OWN: lambda operands: _titan(part, operands),
+            "torch": lambda operands: _torch(part, operands),
+            "compile": lambda operands: _compiled(part, operands),
+        },
     )
 
 
@@ -61,7 +73,8 @@ def _operands(shape: tuple[int, int, int, int], draw: Draw) -> _Operands:
     scores = draw.normal(tokens, experts, dtype=torch.float32)
     chosen = scores.topk(choices, -1).indices
     weights = draw.normal(tokens, choices, dtype=torch.float32).softmax(-1)
-    return _Operands(chosen, weights, draw.normal(tokens, width), draw.normal(tokens * choices, width), experts)
+    x, rows, grad = (draw.normal(number, width) for number in (tokens, tokens * choices, tokens))
+    return _Operands(chosen, weights, x, rows, grad, experts)
 
 
 # ------------------------------------------------------------------------------------------------ the truth
@@ -88,10 +101,19 @@ def _true_unpermute(o: _Operands) -> Sequence[Tensor]:
     return [out.index_add_(0, order // o.experts_TK.shape[1], weighted)]
 
 
+def _true_unpermute_backward(o: _Operands) -> Sequence[Tensor]:
+    order = _order(o)
+    grad = o.grad_TD[order // o.experts_TK.shape[1]].double()
+    of_weights = torch.empty_like(o.weights_TK, dtype=torch.float64)
+    of_weights.view(-1)[order] = (grad * o.rows_RD.double()).sum(1)
+    return [grad * o.weights_TK.flatten()[order].double()[:, None], of_weights]
+
+
 _TRUTHS: Mapping[str, Callable[[Any], Sequence[Tensor]]] = {
     "place": _true_place,
     "permute": _true_permute,
     "unpermute": _true_unpermute,
+    "unpermute-bwd": _true_unpermute_backward,
 }
 
 
@@ -111,7 +133,13 @@ def _titan(part: str, o: _Operands) -> Call:
     placement = place(o.experts_TK, o.num_experts)
     if part == "permute":
         return lambda: permute(o.x_TD, placement)
-    return lambda: unpermute(o.rows_RD, placement, o.weights_TK)
+    if part == "unpermute":
+        return lambda: unpermute(o.rows_RD, placement, o.weights_TK)
+
+    def weighted(rows_RD: Tensor, weights_TK: Tensor) -> Tensor:
+        return unpermute(rows_RD, placement, weights_TK)
+
+    return passes.backward(weighted, passes.Operands([o.rows_RD, o.weights_TK], [], o.grad_TD))
 
 
 def _torch(part: str, o: _Operands) -> Call:
@@ -125,13 +153,55 @@ def _torch(part: str, o: _Operands) -> Call:
             return [flat.argsort(stable=True)[None], ends[None]]
 
         return call
-    token = _order(o) // choices
+    order = _order(o)
+    token = order // choices
     if part == "permute":
         return lambda: o.x_TD.index_select(0, token)
-    weights = o.weights_TK.flatten()[_order(o)][:, None]
+    if part == "unpermute-bwd":
+        row_TK = _rows(order, choices)
+        return lambda: _slopes(o.grad_TD, o.rows_RD, o.weights_TK, order, row_TK)
+    weights = o.weights_TK.flatten()[order][:, None]
 
     def sum_up() -> Tensor:
         out = torch.zeros_like(o.x_TD, dtype=torch.float32)
         return out.index_add_(0, token, o.rows_RD * weights).to(o.x_TD.dtype)
 
     return sum_up
+
+
+def _compiled(part: str, o: _Operands) -> Call:
+    """The best that the compiler is given: gathers only, no atomic sum, and each part in one piece."""
+    if part == "place":
+        raise Absent("torch compiles no sort: the same as `torch`")
+    order, choices = _order(o), o.experts_TK.shape[1]
+    row_TK = _rows(order, choices)
+    if part == "permute":
+        gather = passes.compiled(_gather)
+        return lambda: gather(o.x_TD, order, row_TK)
+    if part == "unpermute":
+        sum_up = passes.compiled(_sum_of_rows)
+        return lambda: sum_up(o.rows_RD, o.weights_TK, row_TK)
+    slopes = passes.compiled(_slopes)
+    return lambda: slopes(o.grad_TD, o.rows_RD, o.weights_TK, order, row_TK)
+
+
+def _rows(order_R: Tensor, choices: int) -> Tensor:
+    """Return the row of each assignment (T, K)."""
+    return order_R.argsort().view(-1, choices)
+
+
+def _gather(x_TD: Tensor, order_R: Tensor, row_TK: Tensor) -> Tensor:
+    return x_TD[order_R // row_TK.shape[1]]
+
+
+def _sum_of_rows(rows_RD: Tensor, weights_TK: Tensor, row_TK: Tensor) -> Tensor:
+    return (rows_RD[row_TK] * weights_TK.unsqueeze(-1)).sum(1).to(rows_RD.dtype)
+
+
+def _slopes(
+    grad_TD: Tensor, rows_RD: Tensor, weights_TK: Tensor, order_R: Tensor, row_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the sum of rows to rows and weights."""
+    grad_RD = grad_TD[order_R // row_TK.shape[1]].float()
+    of_rows = (grad_RD * weights_TK.flatten()[order_R].unsqueeze(-1)).to(rows_RD.dtype)
+    return of_rows, (grad_RD * rows_RD).sum(1)[row_TK]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_core.jobs.bench import passes
-from titan_core.jobs.bench.case import OWN, Absent, Call, Case
+from titan_core.jobs.bench.case import OWN, Call, Case
 from titan_core.jobs.bench.inputs import Draw
 from titan_core.jobs.bench.passes import Operands
 from titan_core.jobs.bench.request import Request
@@ -48,7 +48,7 @@ def _case(name: str, operation: _Operation, shape: tuple[int, ...], part: str, d
         OWN: operation.titan,
         "training": lambda: operation.training,
         "eager": lambda: operation.plain,
-        "compile": lambda: _compiled(operation.plain),
+        "compile": lambda: passes.compiled(operation.plain),
     }
     return Case(
         operation=name,
@@ -65,12 +65,6 @@ def _case(name: str, operation: _Operation, shape: tuple[int, ...], part: str, d
 
 def _prepare(find: Callable[[], Callable[..., Tensor]], part: str) -> Callable[[Operands], Call]:
     return lambda operands: passes.of(part, find())(operands)
-
-
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    if not torch.cuda.is_available():
-        raise Absent("compiled peers are tried on a GPU only")
-    return torch.compile(function, dynamic=False)
 
 
 # ------------------------------------------------------------------------------------------------ the operations
