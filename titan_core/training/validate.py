@@ -40,9 +40,8 @@ class Validator:
         if self.parts.world.size > 1:
             dist.all_reduce(totals)
         sums, weights = totals.tolist()
-        weight = sum(weights)
-        parts = self.parts.kind.parts_of_loss(sums, weights)
-        validated = Validated(step, sum(sums) / max(weight, 1.0), int(weight), time.perf_counter() - began, parts)
+        loss, weight, parts = self.parts.kind.mean_loss(sums, weights)
+        validated = Validated(step, loss, int(weight), time.perf_counter() - began, parts)
         self.listener(validated)
         return validated
 
