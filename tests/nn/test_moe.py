@@ -126,7 +126,7 @@ def test_penalties_are_their_formulas() -> None:
     router.penalty_scale = 0.5
     (weights,) = torch.autograd.grad(router(X)[1].sum() * 0, [router.gate.weight])
 
-    total = torch.zeros(())
+    total, sums = torch.zeros(()), torch.zeros(2)
     for x_TD in X:
         scores = (x_TD @ router.gate.weight.T).sigmoid()
         shares = scores / scores.sum(1, keepdim=True)
@@ -134,8 +134,10 @@ def test_penalties_are_their_formulas() -> None:
         f = chosen.sum(0) * 8 / (3 * 9)
         last = router.last_load / router.last_load.sum() * 8
         total = total + ((0.3 * f + 0.2 * last) * shares.mean(0)).sum()
+        sums += torch.stack((0.3 * f @ shares.mean(0), 0.2 * last @ shares.mean(0)))
     (wanted,) = torch.autograd.grad(0.5 * total, [router.gate.weight])
     assert torch.allclose(weights, wanted, atol=1e-6)
+    assert torch.allclose(router.penalties, sums.detach(), atol=1e-6)
 
 
 def test_even_dealing() -> None:
@@ -162,6 +164,19 @@ def test_bias_moves_towards_those_who_have_too_few_and_survives(tmp_path: Path) 
     assert set(parts.balance.metrics()) == {
         "experts/max_load", "experts/mean_max_load", "experts/entropy", "experts/dropped"
     }  # fmt: skip
+    parts.loader.close()
+
+
+def test_losses_of_balance_are_logged_where_they_are_on(tmp_path: Path) -> None:
+    """Where every expert gets equally many choices the loss is the coefficient, at each mixture (eq. 17: f = 1)."""
+    sizes = {"model.name": "qwen3", "model.args.head_dim": 8, "model.args.num_experts": 4, "model.args.tied": False}
+    on = {"model.args.expert_dim": 8, "model.args.sequence_balance_loss": 0.25}
+    even = {"training.debug_moe_force_load_balance": True, "training.local_batch_size": 2}
+    parts = build(tiny(tmp_path, **sizes, **on, **even).config, distributed.start(), silent)
+    for _ in range(2):
+        forward_backward(parts, lambda: next(parts.loader))
+        found = {name: x for name, x in parts.balance.metrics().items() if name.endswith("loss")}
+        assert found == {"experts/sequence_balance_loss": pytest.approx(2 * 0.25)}
     parts.loader.close()
 
 

@@ -1,6 +1,7 @@
 """The layout never changes the result of multi-token prediction: losses of all depths, and every gradient of the first
 step, equal one process."""
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,6 +74,23 @@ def test_the_next_tokens_loss_does_not_depend_on_a_weight_of_zero(tmp_path: Path
     assert without.further == [{}] * len(without.losses)
     assert alone().losses[0] == without.losses[0]
     assert alone().losses[1:] != without.losses[1:]
+
+
+def test_validation_measures_all_depths(tmp_path: Path) -> None:
+    changes = {"validation__enable": True, "validation__steps": 2, "validation__freq": 100, "training__steps": 1}
+    changes |= {"validation__seq_len": 32, "validation__local_batch_size": 4, "lr_scheduler__warmup_steps": 0}
+    found = []
+    for ranks, layout in ((1, {}), (2, {"dp": 2})):
+        folder = tmp_path / str(ranks)
+        losses(tiny(folder, **{**settings_of(layout, MTP), **changes}), ranks)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found += [line for line in lines if line["event"] == "validated"]
+    alone, two = found
+    assert set(alone["parts"]) == {"mtp/loss_1", "mtp/loss_2"}
+    assert two["parts"] == pytest.approx(alone["parts"], rel=1e-5)
+    assert alone["tokens"] == 2 * 4 * 32
+    assert two["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert len({alone["loss"], *alone["parts"].values()}) == 3
 
 
 def test_pipelines_are_refused_with_the_way_out(tmp_path: Path) -> None:

@@ -85,3 +85,12 @@ def test_the_environment_names_the_device(monkeypatch: pytest.MonkeyPatch) -> No
     assert distributed.default_device_type() == "cpu"
     monkeypatch.delenv("TITAN_DEVICE")
     assert distributed.default_device_type() == "cuda"
+
+
+@pytest.mark.parametrize(("named", "device"), [("gpu", None), ("cuda:0", None), ("cpu", "cdua"), ("cpu", "cuda:1")])
+def test_a_device_that_is_none_is_an_error(named: str, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TITAN_DEVICE", named)
+    with pytest.raises(UsageError, match=f"there is no device `{device or named}`") as caught:
+        distributed.start(device=device)
+    assert caught.value.where == (None if device else "TITAN_DEVICE")
+    assert "cpu or cuda" in (caught.value.tip or "")

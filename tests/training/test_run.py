@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 import titan_core
 from tests.runs import losses, tiny
 from titan_core.checkpoint import find_step
+from titan_core.checkpoint.places import split
+from titan_core.checkpoint.reader import Reader
 from titan_core.config.load import load
 from titan_core.jobs import train
 from titan_core.runtime.errors import ConfigError, RunFailed
@@ -77,6 +80,16 @@ def test_validation_is_the_same_on_every_layout(ranks: int, local: int, tmp_path
 
 def test_validating_does_not_change_training(tmp_path: Path) -> None:
     assert losses(tiny(tmp_path / "a", **VALIDATE)) == losses(tiny(tmp_path / "b"))
+
+
+def test_a_save_after_a_validation_finds_shards(tmp_path: Path) -> None:
+    changes = {"checkpoint__enable": True, "training__steps": 3, "lr_scheduler__warmup_steps": 1}
+    losses(tiny(tmp_path, **changes, **VALIDATE), ranks=2)
+    reader = Reader(*split(find_step(str(tmp_path / "checkpoint"))), check=True)
+    entries: dict[str, Any] = reader.metadata.state_dict_metadata
+    pieces = {name: len(entry.chunks) for name, entry in entries.items() if not name.startswith("optimizer.")}
+    assert "tok_embeddings.weight" in pieces
+    assert pieces == dict.fromkeys(pieces, 2)
 
 
 def test_best_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -326,7 +326,8 @@ class ActivationCheckpoint:
     mode: Literal["selective", "full", "memory_budget", "none"] = "selective"
     """`full`: every block; `selective`: every n-th block or by operation; `memory_budget`: the compiler decides."""
     selective_ac_option: str = "2"
-    """A number n (every n-th block) or `op` (save the costly operations, recompute the rest)."""
+    """A number n (every n-th block) or `op` (save the costly operations, recompute the rest). Without
+    `compile.enable`, attention over documents is recomputed on a GPU: it is compiled by itself, and not seen."""
     per_op_sac_force_recompute_mm_shapes_by_fqns: list[str] = field(default_factory=lambda: ["moe.router.gate"])
     """Linear layers that are recomputed in spite of `op`."""
     early_stop: bool = False

@@ -79,7 +79,7 @@ def _load_foreign(path: str, device: str | torch.device | None, dtype: torch.dty
 
 def _empty(chosen: Family, sizes: Any, device: str | torch.device | None, dtype: torch.dtype | None) -> nn.Module:
     """Build a model with room for its weights, for use without gradients."""
-    target = torch.device(device or distributed.default_device_type())
+    target = torch.device(distributed.check_device(str(device or distributed.default_device_type()), numbered=True))
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     with torch.device("meta"):
         model = chosen.build(sizes)

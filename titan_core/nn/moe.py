@@ -48,14 +48,16 @@ def _one_token_a_choice(x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> 
 class Router(nn.Module):
     """Scores experts in fp32 and chooses K for each token.
 
-    `tally_E` counts choices in training until somebody reads and clears it. `penalty_scale` is what a balancing loss is
-    multiplied with where it joins the gradients: who trains sets it, as only that one knows what a loss is divided by.
+    In training, until somebody reads and clears them, `tally_E` counts choices, and `penalties` adds up the losses of
+    balance (of sequences, and the global one). `penalty_scale` is what these are multiplied with where they join the
+    gradients: who trains sets it, as only that one knows what a loss is divided by.
     `evenly` deals tokens to experts in turn, whatever the scores.
     """
 
     expert_bias: Tensor
     last_load: Tensor
     tally_E: Tensor
+    penalties: Tensor
 
     def __init__(self, sizes: Any) -> None:
         super().__init__()
@@ -67,6 +69,7 @@ class Router(nn.Module):
         if sizes.global_balance_loss:
             self.register_buffer("last_load", torch.zeros(sizes.num_experts, dtype=torch.float32))
         self.register_buffer("tally_E", torch.zeros(sizes.num_experts, dtype=torch.float32), persistent=False)
+        self.register_buffer("penalties", torch.zeros(2, dtype=torch.float32), persistent=False)
         self.penalty_scale = 0.0
         self.evenly = False
 
@@ -84,8 +87,9 @@ class Router(nn.Module):
         if self.training and torch.is_grad_enabled():
             load_BE = self.load(chosen_NK.view(*x_BTD.shape[:2], -1), self.tally_E)
             if self.penalty_scale and (sizes.sequence_balance_loss or sizes.global_balance_loss):
-                penalty = self._penalty(scores_NE.view(*x_BTD.shape[:2], -1), load_BE)
-                weights_NK = Join.apply(weights_NK, penalty, self.penalty_scale)
+                both = self._penalties(scores_NE.view(*x_BTD.shape[:2], -1), load_BE)
+                tally(self.penalties, both.detach()[None])
+                weights_NK = Join.apply(weights_NK, both.sum(), self.penalty_scale)
         return chosen_NK, weights_NK
 
     def _choose(self, scores_NE: Tensor) -> Tensor:
@@ -99,18 +103,19 @@ class Router(nn.Module):
             scores_NE = _within_best_groups(scores_NE, sizes.num_groups, sizes.top_groups, sizes.group_score)
         return scores_NE.topk(sizes.top_k, dim=-1, sorted=False).indices
 
-    def _penalty(self, scores_BTE: Tensor, load_BE: Tensor) -> Tensor:
-        """Return the sum over sequences of `E / K sum_e f_e P_e`: f the share of choices that fell on an expert, P the
-        mean of its share of the scores (DeepSeek-V3, eq. 17 to 20)."""
+    def _penalties(self, scores_BTE: Tensor, load_BE: Tensor) -> Tensor:
+        """Return the weighed sums over sequences of `E / K sum_e f_e P_e` (2): f the share of choices that fell on an
+        expert in the sequence, and that in all of the last step; P the mean of its share of the scores (DeepSeek-V3,
+        eq. 17 to 20)."""
         sizes = self.sizes
         shares_BTE = scores_BTE / (scores_BTE.sum(-1, keepdim=True) + 1e-20)
         tokens_B1 = load_BE.sum(-1, keepdim=True) / sizes.top_k  # of whole sequences, wherever their parts are
         mean_BE = shares_BTE.sum(1) / tokens_B1
-        weights_BE = sizes.sequence_balance_loss * load_BE / tokens_B1
+        sums = [sizes.sequence_balance_loss * (load_BE / tokens_B1 * mean_BE).sum(), mean_BE.new_zeros(())]
         if sizes.global_balance_loss:
-            last_E = self.last_load
-            weights_BE = weights_BE + sizes.global_balance_loss * sizes.top_k * last_E / last_E.sum().clamp(min=1)
-        return (weights_BE * mean_BE).sum() * (sizes.num_experts / sizes.top_k)
+            last_E = sizes.top_k * self.last_load / self.last_load.sum().clamp(min=1)
+            sums[1] = sizes.global_balance_loss * (last_E * mean_BE).sum()
+        return torch.stack(sums) * (sizes.num_experts / sizes.top_k)
 
 
 def _within_best_groups(scores_NE: Tensor, groups: int, best: int, by: str) -> Tensor:

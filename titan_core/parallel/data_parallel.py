@@ -72,9 +72,19 @@ class DataParallel:
         """Return the sum of the losses of this rank's part of a batch, fp32."""
         return self.module(batch)
 
-    def modules(self) -> list[nn.Module]:
-        """Return what must be told of training and evaluation."""
-        return [self.module]
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Evaluate, and then train again. What stays gathered after a forward waits for a backward, which does not come
+        here: memory would stay up, and a checkpoint would find whole tensors where this rank should have a shard."""
+        self.module.eval()
+        yield
+        self.module.train()
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import FSDPModule
+
+            for unit in self.module.modules():
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()
 
 
 def replicate(parallel: DataParallel, mesh: Mesh, device: torch.device) -> None:

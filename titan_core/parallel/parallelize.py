@@ -8,6 +8,7 @@ FSDP's gathers stay outside of what is compiled. Gathers by views are recomputed
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,8 +38,8 @@ class Parallel(Protocol):
         """Return the sum of the losses of this rank's part of a batch, fp32; 0 where the loss is not computed."""
         ...
 
-    def modules(self) -> list[nn.Module]:
-        """Return what must be told of training and evaluation."""
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Evaluate in a `with` block; after it the model trains again, and holds nothing that it did not before."""
         ...
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,9 +122,13 @@ class Pipeline:
                     self._send(x, stage, pipe)
         return loss
 
-    def modules(self) -> list[nn.Module]:
-        """Return what must be told of training and evaluation."""
-        return [stage.module for stage in self.stages]
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Do what `DataParallel.evaluation` does."""
+        with ExitStack() as stack:
+            for stage in self.stages:
+                stack.enter_context(stage.evaluation())
+            yield
 
     def _receive(self, x: Tensor, piece: Any, stage: Cut, pipe: PipelineStage) -> Tensor:
         """Return the stream from the stage before, which may lie on this rank."""

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from titan_core.runtime.errors import MachineError, UsageError
 
+DEVICE_TYPES = ("cpu", "cuda")
+
 
 @dataclass(frozen=True)
 class World:
@@ -50,12 +52,10 @@ def start(timeout_seconds: float = 300, device: str | None = None, *, always_gro
     """Join the job that the environment describes and take this rank's device.
 
     `device` forces a device type (`cpu`, `cuda`); `always_group` makes a process group even for one rank. Raises
-    `MachineError` if the device is not there or the other ranks are not.
+    `UsageError` for another type, and `MachineError` if the device is not there or the other ranks are not.
     """
     rank, size, local_rank, local_size = ranks_from_environment()
-    kind = device or default_device_type()
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise MachineError("no CUDA device is visible", tip="`titan doctor` says what this machine has")
+    kind = check_device(device or default_device_type())
     if kind == "cuda" and local_rank >= torch.cuda.device_count():
         raise UsageError(
             f"rank {rank} wants GPU {local_rank}, but this host shows {torch.cuda.device_count()}",
@@ -72,8 +72,25 @@ def start(timeout_seconds: float = 300, device: str | None = None, *, always_gro
 
 
 def default_device_type() -> str:
-    """Return what TITAN_DEVICE names, else `cuda` where a GPU is visible, else `cpu`."""
-    return os.environ.get("TITAN_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    """Return what TITAN_DEVICE names, else `cuda` where a GPU is visible, else `cpu`. Raises `UsageError`."""
+    named = os.environ.get("TITAN_DEVICE")
+    if not named:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if named not in DEVICE_TYPES:
+        tip = "set it to cpu or cuda, or unset it for a GPU where there is one"
+        raise UsageError(f"there is no device `{named}`", where="TITAN_DEVICE", tip=tip)
+    return named
+
+
+def check_device(named: str, *, numbered: bool = False) -> str:
+    """Return a type of device, or if `numbered` a device, such as `cuda:1`, if it is one that we know (`UsageError`)
+    and this machine has (`MachineError`)."""
+    kind, colon, number = named.partition(":")
+    if kind not in DEVICE_TYPES or (colon and not (numbered and number.isdecimal())):
+        raise UsageError(f"there is no device `{named}`", tip="cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise MachineError("no CUDA device is visible", tip="`titan doctor` says what this machine has")
+    return named
 
 
 def stop() -> None:

@@ -68,7 +68,8 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Validated:
-    """Loss on the validation slice: token-weighted mean over `tokens` targets; `parts` are the means of parts of it."""
+    """Loss on the validation slice: token-weighted mean over `tokens` targets; `parts` are means of
+    parts of it, or of what is measured beside it."""
 
     step: int
     loss: float

@@ -30,13 +30,17 @@ class Balance:
     """The routers on this rank, by their number among all of the model's.
 
     `mine` is whether this rank's counts are its own: tensor-parallel ranks that see the same tokens count the same.
+    `penalties` are the losses of balance that are on, by their places in the routers' sums over `sequences` a step.
     """
 
     routers: dict[int, Router]
     dropped: list[Tensor]
     shape: tuple[int, int]
     mine: bool
+    penalties: dict[str, int]
+    sequences: int
     loads_LE: Tensor | None = None
+    sums: Tensor | None = None
 
     def collect(self) -> None:
         """Add up what all ranks have counted since the last time; the counts begin anew."""
@@ -44,17 +48,19 @@ class Balance:
         if not count:
             return
         device = next(iter(self.routers.values())).tally_E.device if self.routers else torch.device("cpu")
-        totals = torch.zeros(count * experts + 1, device=device)
+        totals = torch.zeros(count * experts + 3, device=device)
         for number, router in self.routers.items():
             if self.mine:
                 totals[number * experts : (number + 1) * experts] = router.tally_E
+                totals[-3:-1] += router.penalties
             router.tally_E.zero_()
+            router.penalties.zero_()
         for rows in self.dropped:
             totals[-1:] += rows
             rows.zero_()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(totals)
-        self.loads_LE = totals[:-1].view(count, experts)
+        self.loads_LE, self.sums = totals[:-3].view(count, experts), totals[-3:-1]
         self._refuse(totals[-1])
 
     def _refuse(self, dropped: Tensor) -> None:
@@ -81,18 +87,21 @@ class Balance:
 
     def metrics(self) -> dict[str, float]:
         """Return the load of the busiest expert relative to the mean (of the worst mixture, and on average), and the
-        entropy of the loads relative to that of equal ones."""
-        if self.loads_LE is None:
+        entropy of the loads relative to that of equal ones; and the losses of balance, weighed, the mean over sequences
+        of the sum over mixtures."""
+        if self.loads_LE is None or self.sums is None:
             return {}
         shares_LE = self.loads_LE / self.loads_LE.sum(1, keepdim=True).clamp(min=1)
         most_L = shares_LE.amax(1) * self.shape[1]
         entropy_L = torch.special.entr(shares_LE).sum(1) / max(math.log(self.shape[1]), 1e-9)
-        worst, mean, entropy = torch.stack((most_L.max(), most_L.mean(), entropy_L.mean())).tolist()
+        shown = torch.stack((most_L.max(), most_L.mean(), entropy_L.mean(), *(self.sums / self.sequences)))
+        worst, mean, entropy, *losses = shown.tolist()
         return {
             "experts/max_load": worst,
             "experts/mean_max_load": mean,
             "experts/entropy": entropy,
             "experts/dropped": 0,
+            **{f"experts/{name}": losses[place] for name, place in self.penalties.items()},
         }
 
 
@@ -110,7 +119,9 @@ def prepare(
     dropped = [b for model in models for n, b in model.named_buffers() if n.endswith(f".{DROPPED}")]
     experts = next(iter(found.values())).sizes.num_experts if found else getattr(sizes, "num_experts", 0)
     mine = layout.routed_by_parts or mesh.at["tp"] == 0
-    return Balance(found, dropped, (len(names), experts), mine)
+    kinds = ("sequence_balance_loss", "global_balance_loss")
+    penalties = {name: place for place, name in enumerate(kinds) if getattr(sizes, name, 0)}
+    return Balance(found, dropped, (len(names), experts), mine, penalties, global_batch)
 
 
 def _penalty_scale(layout: Layout, global_batch: int) -> float:

@@ -213,10 +213,11 @@ class Images:
             made = self._batch(latents, noise, bucket_times(buckets), texts)
             yield replace(made, counted_B=batch.counted, buckets_B=buckets)
 
-    def parts_of_loss(self, sums: list[float], weights: list[float]) -> Mapping[str, float]:
-        """Return the loss at each time."""
+    def mean_loss(self, sums: list[float], weights: list[float]) -> tuple[float, float, Mapping[str, float]]:
+        """Return the mean over all times; the parts are the means at each of them."""
         times = bucket_times(torch.arange(BUCKETS)).tolist()
-        return {f"t={t:.4f}": s / w for t, s, w in zip(times, sums, weights, strict=True) if w}
+        parts = {f"t={t:.4f}": s / w for t, s, w in zip(times, sums, weights, strict=True) if w}
+        return sum(sums) / max(sum(weights), 1.0), sum(weights), parts
 
     # ------------------------------------------------------------------------------------------ images
 

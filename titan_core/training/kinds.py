@@ -56,8 +56,9 @@ class Kind(Protocol):
         """Make what the task gets of one of them."""
         ...
 
-    def parts_of_loss(self, sums: list[float], weights: list[float]) -> Mapping[str, float]:
-        """Name the mean losses of the parts that validation tells apart."""
+    def mean_loss(self, sums: list[float], weights: list[float]) -> tuple[float, float, Mapping[str, float]]:
+        """Return the mean loss of validation, how many targets it is of, and the means of the parts that it tells
+        apart, by name."""
         ...
 
     def show(self, parts: Parts, step: int, listener: Listener) -> None:

@@ -109,12 +109,13 @@ class Language:
         )
 
     def for_validation(self, batch: Batch) -> Iterable[Batch]:
-        """Return the batch as it is: only the loss of the next token is measured."""
-        return (batch,)
+        """Return the batch as training has it."""
+        return (self.prepare(batch),)
 
-    def parts_of_loss(self, sums: list[float], weights: list[float]) -> Mapping[str, float]:
-        """There are no parts."""
-        return {}
+    def mean_loss(self, sums: list[float], weights: list[float]) -> tuple[float, float, Mapping[str, float]]:
+        """Return the loss of the next token; the parts are those of the further tokens, named as in training."""
+        loss, *ahead = (s / max(w, 1.0) for s, w in zip(sums, weights, strict=True))
+        return loss, weights[0], {f"mtp/loss_{layer + 1}": mean for layer, mean in enumerate(ahead)}
 
     def show(self, parts: Parts, step: int, listener: Listener) -> None:
         """There is nothing to show."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan_core.runtime.events import Listener, Validated
 from titan_core.training.build import Parts
@@ -32,36 +32,29 @@ class Validator:
         `stopping` is asked after every batch, on every rank, and says why to stop or None.
         """
         began = time.perf_counter()
-        modules = self.parts.parallel.modules()
-        totals, reason = self._totals(modules, stopping)
+        with self.parts.parallel.evaluation():
+            totals, reason = self._totals(stopping)
         if reason is not None:
             return reason
         totals = totals * self.parts.counts
         if self.parts.world.size > 1:
             dist.all_reduce(totals)
         sums, weights = totals.tolist()
-        weight = sum(weights)
-        parts = self.parts.kind.parts_of_loss(sums, weights)
-        validated = Validated(step, sum(sums) / max(weight, 1.0), int(weight), time.perf_counter() - began, parts)
+        loss, weight, parts = self.parts.kind.mean_loss(sums, weights)
+        validated = Validated(step, loss, int(weight), time.perf_counter() - began, parts)
         self.listener(validated)
         return validated
 
     @torch.no_grad()
     def show(self, step: int) -> None:
         """Show what the model can do by now, where there is something to show."""
-        modules = self.parts.parallel.modules()
-        for module in modules:
-            module.eval()
-        self.parts.kind.show(self.parts, step, self.listener)
-        for module in modules:
-            module.train()
+        with self.parts.parallel.evaluation():
+            self.parts.kind.show(self.parts, step, self.listener)
 
-    def _totals(self, modules: Sequence[nn.Module], stopping: Callable[[], str | None]) -> tuple[Tensor, str | None]:
+    def _totals(self, stopping: Callable[[], str | None]) -> tuple[Tensor, str | None]:
         """Return sums of losses and weights, (2, parts that are told apart) fp64, and why it was given up."""
         kind, device, reason = self.parts.kind, self.parts.world.device, None
         totals = torch.zeros(2, 1, dtype=torch.float64, device=device)
-        for module in modules:
-            module.eval()
         for batch in self.slice:
             for prepared in map(self.parts.cutter, kind.for_validation(batch.to(device))):
                 loss, weight = self.parts.parallel.evaluate(prepared), self.parts.task.weight(prepared)
@@ -69,6 +62,4 @@ class Validator:
             reason = stopping()
             if reason is not None:
                 break
-        for module in modules:
-            module.train()
         return totals, reason
