@@ -38,12 +38,14 @@ class Language:
         """Return what makes a task of a model."""
         inner, said = self._inner_loss(mesh)
         masks = getattr(self.sizes, "attention_mask", "causal") == "block_causal"
-        twice = self.config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+        parallel = self.config.parallelism
+        own_schedule = bool(parallel.pipeline_parallel_schedule_csv)  # which may do anything
+        twice = own_schedule or parallel.pipeline_parallel_schedule in SPLIT_BACKWARD
         weight = self.config.training.mtp_loss_weight
 
         def make(model: nn.Module, staged: bool) -> nn.Module:
             task = CausalLM(model, document_masks=masks, inner_loss=inner)
-            task.backward_twice = staged and twice
+            task.backward_twice = staged and twice and not self.mtp_layers  # with which it is done in one
             if self.mtp_layers:
                 task.look_ahead(self.mtp_layers, weight)
             return task
