@@ -133,7 +133,8 @@ def block_counts(config: Parallelism, num_blocks: int, at_end: int = 0) -> list[
     """Return how many blocks each stage holds, the `at_end` that belong to the last one not counted.
 
     The embedding and the head count as so many blocks (`pipeline_parallel_first_stage_less_layers`, `..._last_...`);
-    what is left over goes to the first stages.
+    what is left over goes to the first stages. Where what belongs to the last one is more than its share, the others
+    share all else.
     """
     ranks = config.pipeline_parallel_degree
     into, out = config.pipeline_parallel_first_stage_less_layers, config.pipeline_parallel_last_stage_less_layers
@@ -143,11 +144,13 @@ def block_counts(config: Parallelism, num_blocks: int, at_end: int = 0) -> list[
         stages = -(-total // config.pipeline_parallel_layers_per_stage)
     said = f"{config.pipeline_parallel_layers_per_stage} layers a stage make {stages} stages"
     _check_count(config, stages, said, "parallelism.pipeline_parallel_layers_per_stage")
-    base, more = divmod(total, stages)
-    counts = [base + (index < more) for index in range(stages)]
+    counts = _evenly(total, stages)
+    if at_end and counts[-1] < out + at_end:
+        counts = [*_evenly(num_blocks + into, stages - 1), out + at_end]
+    too_few = min(counts) == 0
     counts[0] -= into
     counts[-1] -= out + at_end
-    if min(counts) < 0 or base == 0:
+    if min(counts) < 0 or too_few:
         further = f", and {at_end} more on the last" if at_end else ""
         raise UsageError(
             f"{num_blocks} blocks are too few for {stages} pipeline stages, with the embedding counting for {into} of "
@@ -156,6 +159,11 @@ def block_counts(config: Parallelism, num_blocks: int, at_end: int = 0) -> list[
             tip="fewer pipeline ranks, more layers, another schedule, or parallelism.module_fqns_per_model_part",
         )
     return counts
+
+
+def _evenly(total: int, parts: int) -> list[int]:
+    base, more = divmod(total, parts)
+    return [base + (index < more) for index in range(parts)]
 
 
 def _check_count(config: Parallelism, stages: int, said: str, where: str) -> None:

@@ -107,13 +107,15 @@ def _plan_rank(
     kind = kind_of(config, family, sizes)
     step = _Step(config, mesh, kind, sizes, global_batch // (config.training.local_batch_size * layout.dp))
     cuts = [part.cut for part in laid.parts if part.cut is not None]
-    with plan_for(device_type), FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         for part in laid.parts:
             part.model.to_empty(device="cpu")
-        models = [part.model for part in laid.parts]
-        parameters = [p for model in models for p in model.parameters()]
-        tied = ties.find(models, cuts, mesh, config.parallelism)
-        ledger = Ledger(_axes(mesh) | {group.group_name: "pipeline" for _, group in tied.groups})
+    models = [part.model for part in laid.parts]
+    parameters = [p for model in models for p in model.parameters()]
+    tied = ties.find(models, cuts, mesh, config.parallelism)
+    ledger = Ledger(_axes(mesh) | {group.group_name: "pipeline" for _, group in tied.groups})
+    with plan_for(device_type), fake:
         ledger.hold(parameters)
         with ledger:
             step.run(laid, ledger)
