@@ -15,8 +15,11 @@ from tests.parity.test_layouts import alone, ranks_of, settings_of, validation_l
 from tests.parity.test_mtp_layouts import MTP
 from tests.ranks import run_ranks
 from tests.runs import losses, tiny
+from titan_core.config.layout import Layout
 from titan_core.config.load import Resolved
+from titan_core.models import resolve
 from titan_core.optim.build import state_tensors
+from titan_core.parallel import legal
 from titan_core.runtime import distributed
 from titan_core.runtime.events import silent
 from titan_core.training.build import build
@@ -87,6 +90,19 @@ def test_schedules_of_ones_own(schedule: str, tmp_path: Path) -> None:
     mine = {"pipeline_parallel_schedule_csv": file, "pipeline_parallel_microbatch_size": 4}
     settings = settings_of({"pp": 2}, TIED) | {f"parallelism.{key}": value for key, value in mine.items()}
     assert_same(first_steps(tiny(tmp_path, **settings), 2), alone("tied"))
+
+
+def test_freed_weights_and_split_backwards_are_refused(tmp_path: Path) -> None:
+    def problems(layout: dict[str, Any]) -> list[str]:
+        config = tiny(tmp_path, **settings_of({**layout, "reshard": "always"}, TIED)).config
+        family, sizes = resolve(config.model)
+        found = legal.problems(config, Layout.of(config.parallelism, ranks_of(layout)), family, sizes)
+        return [problem.key for problem in found]
+
+    zero_bubble = {"pp": 2, "dp": 2, "schedule": "InterleavedZeroBubble"}
+    assert problems(zero_bubble) == ["parallelism.fsdp_reshard_after_forward"]
+    assert problems({**zero_bubble, "dp": 1}) == problems({"pp": 2, "dp": 2}) == []
+    assert problems({**zero_bubble, "backend": "simple"}) == []
 
 
 @pytest.mark.parametrize("name", ["llama3", "further tokens"])

@@ -107,6 +107,11 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
         message = f"{family.name} is not cut into pipeline stages"
         yield Problem("parallelism.pipeline_parallel_degree", message, tip="use fsdp, tensor or context parallelism")
         return
+    sharded = parallel.data_parallel_backend == "fsdp2" and (layout.dp * layout.cp > 1 or training.enable_cpu_offload)
+    if sharded and parallel.fsdp_reshard_after_forward == "always" and stages.may_split(parallel):
+        message = "weights that are freed after the forward get no gradients from a backward in two halves"
+        tip = "use `default` or `never`, or a schedule that does not split backwards, as Interleaved1F1B"
+        yield Problem("parallelism.fsdp_reshard_after_forward", message, tip=tip)
     rows = parallel.pipeline_parallel_microbatch_size
     lengths = {"training.local_batch_size": training.local_batch_size}
     if config.validation.enable:

@@ -193,6 +193,11 @@ def rank_of(config: Parallelism, stage: int, count: int) -> int:
     return min(stage, count - 1 - stage) if v_shaped else stage % ranks
 
 
+def may_split(config: Parallelism) -> bool:
+    """May a schedule ask for gradients of inputs first, and for those of weights later? One's own may do anything."""
+    return bool(config.pipeline_parallel_schedule_csv) or config.pipeline_parallel_schedule in SPLIT_BACKWARD
+
+
 def owned(config: Parallelism, stages: Sequence[Cut], pp_rank: int) -> list[Cut]:
     """Return the stages that a pipeline rank holds."""
     return [stage for stage in stages if rank_of(config, stage.index, stage.count) == pp_rank]
