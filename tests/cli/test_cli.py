@@ -157,10 +157,13 @@ MISTAKES = {
         2,
         "254 or 256",
     ),
-    "tied over stages": (
-        ["train", "--nproc", "2", "--parallelism.pipeline_parallel_degree", "2", "--model.args.tied", "true"],
+    "stages without a module": (
+        [
+            *("train", "--nproc", "2", "--parallelism.pipeline_parallel_degree", "2"),
+            *("--parallelism.module_fqns_per_model_part", '[["tok_embeddings"], ["norm", "output"]]'),
+        ],
         2,
-        "--model.args.tied false",
+        "missing: layers.0",
     ),
     "unknown shape": (["bench", "moe-gemm", "--shapes", "mixtrl"], 2, "did you mean `mixtral`"),
     "shape without rows": (["bench", "moe-gemm", "--shapes", "0,8,8,2"], 2, "at least 1"),

@@ -93,6 +93,14 @@ SHAPE = {
 }
 
 
+def test_a_tied_table_lies_in_two_stages(tmp_path) -> None:
+    config = tiny(tmp_path, **{"model.args.tied": True, "parallelism__pipeline_parallel_degree": 2}).config
+    family, sizes = resolve(config.model)
+    parameters = family.parameters(sizes)
+    two, one = (rank_memory(config, parameters, 2, 2048, Layout(pp=pp)).weights for pp in (2, 1))
+    assert two == (one + 4 * 2048 * sizes.dim) // 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_are_near_what_is_saved(dtype: str, tmp_path) -> None:
     settings = {**SHAPE, "training__mixed_precision_param": dtype, "activation_checkpoint__mode": "none"}

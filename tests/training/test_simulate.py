@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.parity.test_mtp_layouts import MTP
 from tests.ranks import apart
 from tests.runs import tiny
 from titan_core.config.catalog import recipes
@@ -74,6 +75,29 @@ def test_pipeline_stages_hold_the_whole_model_between_them(tmp_path) -> None:
     assert (first["blocks"], last["blocks"]) == (2, 2)
     (one,) = planned(tmp_path, 1, training__local_batch_size=16)
     assert first["parameters"] + last["parameters"] == one["parameters"]
+
+
+def test_tied_stages_hold_the_table_twice_and_add_its_gradients_once(tmp_path) -> None:
+    settings = {"parallelism__pipeline_parallel_degree": 2, "training__local_batch_size": 16, "model.args.tied": True}
+    first, last = planned(tmp_path, 2, **settings)
+    (one,) = planned(tmp_path, 1, training__local_batch_size=16, **{"model.args.tied": True})
+    table = 2048 * 32
+    assert first["parameters"] + last["parameters"] == one["parameters"] + table
+    assert sent(first)[("all-reduce", "pipeline")] == sent(last)[("all-reduce", "pipeline")] == (1, 4 * table)
+    both, middle = planned(tmp_path, 2, **settings, parallelism__pipeline_parallel_schedule="DualPipeV")
+    assert both["parameters"] + middle["parameters"] == one["parameters"] + table
+    assert both["optimizer"] == 2 * (both["weights"] - 4 * table)  # of the two, one is trained
+    assert ("all-reduce", "pipeline") not in sent(both)
+
+
+def test_the_last_of_four_stages_predicts_further_tokens_with_the_table_of_the_first(tmp_path) -> None:
+    predicting = {**MTP, "model.args.n_layers": 6, "training__local_batch_size": 16}
+    stages = planned(tmp_path, 4, **predicting, parallelism__pipeline_parallel_degree=4)
+    (one,) = planned(tmp_path, 1, **predicting)
+    assert [(stage["blocks"], stage["ranks"]) for stage in stages] == [(2, 1), (2, 2), (2, 1)]
+    assert sum(s["parameters"] * s["ranks"] for s in stages) == one["parameters"] + 2048 * 32
+    assert [("all-reduce", "pipeline") in sent(stage) for stage in (stages[0], stages[-1])] == [True, True]
+    assert not any(("all-reduce", "pipeline") in sent(stage) for stage in stages[1:-1])
 
 
 def test_everything_in_flight_at_once_is_most_for_gpipe(tmp_path) -> None:

@@ -35,10 +35,10 @@ class Parameter:
     """One parameter: fully qualified name, shape in (out, in) order, role, and initial distribution.
 
     `active` is the share of the parameter's matmul that one token uses (k / E for routed experts). `tied_to` names
-    the parameter that stands in for this one: its matmul counts, but the module has no parameter of this name;
-    `untied_by` is the size that undoes it. What is not `trained` is a buffer of the module: stored and loaded, but no
-    gradient reaches it. `per` names the kinds of rows that meet the parameter, where not every token does: a family's
-    `lengths` says how many there are.
+    the parameter that stands in for this one: its matmul counts, but the module has no parameter of this name. Where
+    the two would lie in different stages of a pipeline, each stage has the one that there is. What is not `trained` is
+    a buffer of the module: stored and loaded, but no gradient reaches it. `per` names the kinds of rows that meet the
+    parameter, where not every token does: a family's `lengths` says how many there are.
 
     An `input` is a matmul from data to the model's width, a `condition` one whose rows are whole samples.
     """
@@ -49,7 +49,6 @@ class Parameter:
     init: Init
     active: float = 1.0
     tied_to: str | None = None
-    untied_by: str = "tied false"
     trained: bool = True
     per: tuple[str, ...] = ("token",)
 

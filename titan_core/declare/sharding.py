@@ -28,7 +28,8 @@ class Sharding:
     `mixtures`, which are regions, with `shared` experts beside them; `loads` are the modules there that count what each
     sequence sends to each expert, and return it as (B, E).
     `attentions` are the modules that attend: no weights, called with queries, keys, values (B, T, heads, width) and a
-    mask. `first` and `last` are the modules before and after the blocks, where a pipeline begins and ends.
+    mask. `first` and `last` are the modules before and after the blocks, where a pipeline begins and ends; what of the
+    last ones is a block too, as layers that predict further tokens, works on what was closed already.
     """
 
     embeddings: tuple[str, ...] = ()

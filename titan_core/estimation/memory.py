@@ -49,7 +49,8 @@ def rank_memory(
 ) -> Memory:
     """Estimate the memory of a rank by plain arithmetic; a dry run counts it instead.
 
-    Tensor and pipeline parallelism divide parameters, FSDP their shares once more. Activations: with every block
+    Tensor and pipeline parallelism divide parameters, FSDP their shares once more; an embedding that is used after the
+    blocks too lies in two stages. Activations: with every block
     recomputed its input is kept, and one block's own; without, what `_block_width` says; of all microbatches in flight.
     Attention is taken not to store its scores. FSDP gathers two blocks at once (the next is prefetched), or all where
     it does not free them; and between the microbatches of a step it keeps the gradient of every parameter whole.
@@ -58,7 +59,9 @@ def rank_memory(
     training = config.training
     own = [p for p in parameters if p.tied_to is None]
     blocks = [p for p in own if p.role not in ("embedding", "output")]
-    total = -(-sum(p.numel for p in own) // (layout.tp * layout.pp))
+    used_again = {p.tied_to for p in parameters} if layout.pp > 1 else set()
+    twice = sum(p.numel for p in own if p.role == "embedding" and p.name in used_again)
+    total = -(-(sum(p.numel for p in own) + twice) // (layout.tp * layout.pp))
     num_held = -(-num_blocks // layout.pp)
     block = sum(p.numel for p in blocks) // max(num_blocks, 1) // layout.tp
     rest = max(0, total - block * num_held)

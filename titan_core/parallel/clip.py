@@ -6,7 +6,7 @@ added up on each rank, and then over the ranks that hold other parts of the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -16,26 +16,36 @@ from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, stages: ProcessGroup | None = None) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    stages: ProcessGroup | None = None,
+    counted_elsewhere: Collection[nn.Parameter] = (),
+) -> Tensor:
     """Scale gradients to a total 2-norm of at most `max_norm` (0: only measure) and return the norm before, fp32.
 
-    `stages` are the ranks that hold the other parameters of a pipelined model.
+    `stages` are the ranks that hold the other parameters of a pipelined model; `counted_elsewhere` those of this rank
+    that one of these ranks holds too, and counts.
 
     A norm that is not finite leaves them as they are: scaled, every gradient would be NaN or zero, and nobody could
     see any more which parameter it came from.
     """
-    held: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    counted: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+    grads: list[Tensor] = []
+    elsewhere = {id(parameter) for parameter in counted_elsewhere}
     for parameter in parameters:
         if parameter.grad is not None:
-            held.setdefault(_other_parts(parameter.grad), []).append(_local(parameter.grad))
-    total = sum((_squares(grads, groups) for groups, grads in held.items()), torch.zeros(()))
+            grads.append(_local(parameter.grad))
+            if id(parameter) not in elsewhere:
+                counted.setdefault(_other_parts(parameter.grad), []).append(grads[-1])
+    none = torch.zeros((), device=grads[0].device if grads else None)
+    total = sum((_squares(parts, groups) for groups, parts in counted.items()), none)
     if stages is not None:
         dist.all_reduce(total, group=stages)
     total = total.sqrt()
-    if max_norm > 0:
+    if max_norm > 0 and grads:
         factor = torch.where(total.isfinite(), (max_norm / (total + 1e-6)).clamp(max=1.0), 1.0)
-        for grads in held.values():
-            torch._foreach_mul_(grads, factor.to(grads[0].device))
+        torch._foreach_mul_(grads, factor.to(grads[0].device))
     return total
 
 

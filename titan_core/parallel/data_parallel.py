@@ -86,6 +86,10 @@ class DataParallel:
                 if isinstance(unit, FSDPModule):
                     unit.reshard()
 
+    def counted_elsewhere(self) -> Sequence[nn.Parameter]:
+        """Return the parameters that other ranks hold too, and count in a norm: none."""
+        return ()
+
 
 def replicate(parallel: DataParallel, mesh: Mesh, device: torch.device) -> None:
     """Wrap a materialised task in DDP, where the layout asks for it; DDP cannot wrap meta tensors."""

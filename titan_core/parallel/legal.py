@@ -107,11 +107,11 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
         message = f"{family.name} is not cut into pipeline stages"
         yield Problem("parallelism.pipeline_parallel_degree", message, tip="use fsdp, tensor or context parallelism")
         return
-    tied = [p for p in family.parameters(sizes) if p.tied_to is not None]
-    if tied:
-        message = f"{tied[0].name} is tied to {tied[0].tied_to}, and they would lie in different pipeline stages"
-        tip = f"set pipeline_parallel_degree to 1, or untie them (`--model.args.{tied[0].untied_by}`)"
-        yield Problem("parallelism.pipeline_parallel_degree", message, tip=tip)
+    sharded = parallel.data_parallel_backend == "fsdp2" and (layout.dp * layout.cp > 1 or training.enable_cpu_offload)
+    if sharded and parallel.fsdp_reshard_after_forward == "always" and stages.may_split(parallel):
+        message = "weights that are freed after the forward get no gradients from a backward in two halves"
+        tip = "use `default` or `never`, or a schedule that does not split backwards, as Interleaved1F1B"
+        yield Problem("parallelism.fsdp_reshard_after_forward", message, tip=tip)
     rows = parallel.pipeline_parallel_microbatch_size
     lengths = {"training.local_batch_size": training.local_batch_size}
     if config.validation.enable:
@@ -121,10 +121,9 @@ def _pipeline(config: Config, layout: Layout, family: Family, sizes: Any) -> Ite
             message = f"`{name}` {size} is not a multiple of `pipeline_parallel_microbatch_size` {rows}"
             yield Problem("parallelism.pipeline_parallel_microbatch_size", message, tip="1 always fits")
     try:
-        names = sorted({p.name.rpartition(".")[0] for p in family.parameters(sizes)})
-        blocks = {".".join(n.split(".")[: family.blocks[0].count(".") + 1]) for n in names}
-        if parallel.module_fqns_per_model_part is None:
-            stages.block_counts(parallel, sum(1 for b in blocks if stages.matches(b, family.blocks)))
+        own = (p.name.split(".") for p in family.parameters(sizes) if p.tied_to is None)
+        names = dict.fromkeys(".".join(parts[:end]) for parts in own for end in range(1, len(parts)))
+        stages.cuts(parallel, family, sizes, list(names))
     except UsageError as error:
         yield Problem(error.where or "parallelism", error.message, tip=error.tip)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -96,3 +97,15 @@ class Mesh:
     def pp_group(self) -> ProcessGroup:
         """Who holds the other stages of this rank's model."""
         return self.parameters["pp"].get_group()
+
+    def pp_ranks(self, places: Sequence[int]) -> ProcessGroup:
+        """Return a group of those of them at some places, this rank's among them; only these ranks call it."""
+        import torch.distributed as dist
+
+        if len(places) == self.layout.pp:
+            return self.pp_group
+        every = dist.get_process_group_ranks(self.pp_group)
+        ranks = [every[place] for place in places]
+        group = dist.new_group(ranks, use_local_synchronization=True, group_desc="tied parameters")
+        assert isinstance(group, dist.ProcessGroup)  # and not the mark of a rank that is no member
+        return group

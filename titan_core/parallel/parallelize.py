@@ -42,6 +42,10 @@ class Parallel(Protocol):
         """Evaluate in a `with` block; after it the model trains again, and holds nothing that it did not before."""
         ...
 
+    def counted_elsewhere(self) -> Sequence[nn.Parameter]:
+        """Return the parameters of this rank that another one counts in a norm, as it holds them too."""
+        ...
+
 
 @dataclass(frozen=True)
 class Part:
@@ -63,7 +67,7 @@ def parts_of(family: Family, sizes: Any, mesh: Mesh, config: Config) -> list[tup
         if mesh.layout.pp == 1:
             return [(model, None)]
         names = [name for name, _ in model.named_modules()]
-        every = stages.cuts(config.parallelism, family, names)
+        every = stages.cuts(config.parallelism, family, sizes, names)
         found: list[tuple[nn.Module, Cut | None]] = []
         for stage in stages.owned(config.parallelism, every, mesh.at["pp"]):
             piece = _build(family, sizes, config)
@@ -92,6 +96,8 @@ def parallelize(part: Part, family: Family, mesh: Mesh, config: Config) -> tuple
     if mesh.layout.cp > 1:
         context.apply(model, sharding, mesh, parallel.context_parallel_rotate_method)
         expert.count_whole_sequences(model, sharding, mesh.cp_group)
+    if part.cut is not None:
+        pipeline.let_streams_pass(model, part.cut)
     units = find(model, family.blocks)
     module = part.task if part.cut is None else pipeline.Stage(part.task, last=part.cut.last)
     kind = data_parallel.kind_of(mesh.layout, config)

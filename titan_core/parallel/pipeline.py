@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from titan_core.declare.sharding import Sharding, matches
 from titan_core.parallel.data_parallel import DataParallel
 from titan_core.parallel.mesh import Mesh
 from titan_core.parallel.stages import SPLIT_BACKWARD, Cut
-from titan_core.parallel.views import Passage
+from titan_core.parallel.ties import Ties
+from titan_core.parallel.views import Passage, wrap_forward
 from titan_core.runtime.errors import MachineError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Stage(nn.Module):
-    """A piece of a model as a step of a pipeline: a stream and a batch in, a stream out, or at the end a loss (1).
+    """A piece of a model as a step of a pipeline: a stream and a batch in, a stream out, or at the end a loss (P).
 
     Schedules pass tensors only (those of torch 2.11 fail with other things), so the batches of a step lie in `waiting`,
     in the order in which every schedule sends microbatches forward.
@@ -49,17 +50,23 @@ class Stage(nn.Module):
         if batch is None:
             batch = self.waiting.popleft()
         hidden = self.task.hidden(x, batch)
-        return torch.stack([self.task.loss(hidden, batch)]) if self.last else hidden
+        return torch.hstack([self.task.loss(hidden, batch)]) if self.last else hidden  # 1-d, and no view
 
 
 def cut(model: nn.Module, stage: Cut, sharding: Sharding) -> None:
     """Take out of a whole model on the meta device what other stages hold; names stay as they are."""
     for name, _ in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
-        if matches(name, sharding.first + sharding.last) and name not in stage.modules:
-            setattr(model.get_submodule(parent), child, Passage())
-        elif name in stage.elsewhere:
+        if name in stage.elsewhere:
             delattr(model.get_submodule(parent), child)
+        elif matches(name, sharding.first + sharding.last) and name not in stage.modules | stage.borrowed:
+            setattr(model.get_submodule(parent), child, Passage())
+
+
+def let_streams_pass(model: nn.Module, stage: Cut) -> None:
+    """Make borrowed modules, laid out, pass on what the stage before has sent; tokens they look up."""
+    for name in sorted(stage.borrowed):
+        wrap_forward(model.get_submodule(name), lambda forward, x: x if x.is_floating_point() else forward(x))
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,13 @@ class Pipeline:
     micro_rows: int
     degree: int
     stream: Stream
+    ties: Ties
     scale: Tensor | None = None
     total: Tensor | None = None
 
     def forward_backward(self, batches: Sequence[Any], scale: Tensor) -> Tensor:
         """Do what `DataParallel.forward_backward` does; ranks without the last stage return 0."""
+        self.ties.follow()
         micro = [piece for batch in batches for piece in split_rows(batch, self.micro_rows)]
         self.scale = scale * self.degree
         self.total = torch.zeros_like(scale)
@@ -99,6 +108,7 @@ class Pipeline:
             module: Any = stage.module
             module.waiting = deque(micro)
         self.schedule._step_microbatches(args, None, micro, [], False)
+        self.ties.add_gradients()
         return self.total
 
     def loss(self, output: Tensor, _batch: Any) -> Tensor:
@@ -106,10 +116,11 @@ class Pipeline:
         assert self.total is not None
         assert self.scale is not None
         self.total += output.detach()
-        return output * self.scale
+        return (output * self.scale).sum()
 
     def evaluate(self, batch: Any) -> Tensor:
         """Send a batch forward through all stages; ranks without the last one return 0."""
+        self.ties.follow()
         loss = torch.zeros((), device=batch.tokens.device)
         for piece in split_rows(batch, self.micro_rows):
             x = piece.tokens
@@ -129,6 +140,10 @@ class Pipeline:
             for stage in self.stages:
                 stack.enter_context(stage.evaluation())
             yield
+
+    def counted_elsewhere(self) -> Sequence[nn.Parameter]:
+        """Return the parameters that other ranks hold too, and count in a norm."""
+        return self.ties.counted_elsewhere
 
     def _receive(self, x: Tensor, piece: Any, stage: Cut, pipe: PipelineStage) -> Tensor:
         """Return the stream from the stage before, which may lie on this rank."""
@@ -153,9 +168,10 @@ class Pipeline:
 def split_rows(batch: Any, rows: int) -> list[Any]:
     """Cut a batch into microbatches of so many rows."""
     total = batch.tokens.shape[0]
-    fields = ("tokens", "labels", "documents")
+    fields = ("tokens", "labels", "documents", "tokens_ahead", "labels_ahead")
+    whole = {name: x for name in fields if (x := getattr(batch, name)) is not None}
     return [
-        dataclasses.replace(batch, **{name: getattr(batch, name)[start : start + rows] for name in fields})
+        dataclasses.replace(batch, **{name: x[start : start + rows] for name, x in whole.items()})
         for start in range(0, total, rows)
     ]
 
@@ -169,6 +185,8 @@ def build(
     microbatches: int,
     tokens: int,
     stream: Stream,
+    loss_parts: int,
+    ties: Ties,
     device: torch.device,
 ) -> Pipeline:
     """Join materialised stages to a pipeline that runs so many microbatches a step, each of rows of `tokens`."""
@@ -179,7 +197,7 @@ def build(
     between = torch.empty(
         rows, tokens // stream.split, stream.dim, dtype=stream.dtype, device="meta", requires_grad=True
     )
-    loss = torch.empty(1, device="meta", requires_grad=True)
+    loss = torch.empty(loss_parts, device="meta", requires_grad=True)
     pipes = [
         PipelineStage(
             stage.module,
@@ -189,12 +207,22 @@ def build(
             input_args=(ids if where.first else between,),
             output_args=(loss if where.last else between,),
             group=group,
+            dw_builder=_nothing_left if where.last and loss_parts > 1 else None,
         )
         for stage, where in zip(stages, cuts, strict=True)
     ]
-    pipeline = Pipeline(stages, cuts, group, None, pipes, rows, stages[0].degree, stream)
+    pipeline = Pipeline(stages, cuts, group, None, pipes, rows, stages[0].degree, stream, ties)
     pipeline.schedule = _schedule(pipeline, config, microbatches)
     return pipeline
+
+
+def _nothing_left() -> Callable[[], None]:
+    """Return the second half of a backward that has been done in one: for layers that predict further tokens.
+
+    They use the same weights one after the other, and the halves that torch makes then meet in what is freed already
+    (2.14: "backward through the graph a second time"; before, such gradients were counted twice, pytorch#180952).
+    """
+    return lambda: None
 
 
 def _schedule(pipeline: Pipeline, config: Parallelism, microbatches: int) -> Any:

@@ -14,7 +14,7 @@ from titan_core.data.loader import BatchLoader
 from titan_core.declare.family import Family
 from titan_core.models import resolve
 from titan_core.optim.build import build_optimizer, set_lr
-from titan_core.parallel import data_parallel, legal, pipeline
+from titan_core.parallel import data_parallel, legal, pipeline, ties
 from titan_core.parallel.context import Cutter
 from titan_core.parallel.data_parallel import DTYPES, DataParallel
 from titan_core.parallel.materialise import materialise, stored_buffers
@@ -66,7 +66,7 @@ class Parts:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by the names that the family declares."""
-        return {name: p for model in self.models for name, p in model.named_parameters()}
+        return ties.by_name(self.models)
 
     @property
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -106,8 +106,7 @@ def build(config: Config, world: World, listener: Listener, global_batch: int | 
     rows = global_batch_size(config, layout, global_batch, listener)
     built = build_model(config, world, mesh, family, sizes, seed, rows)
     balance = prepare(built.models, family, sizes, config, mesh, rows)
-    parameters = {name: p for model in built.models for name, p in model.named_parameters()}
-    optimizer = build_optimizer(parameters, family.parameters(sizes), config.optimizer)
+    optimizer = build_optimizer(ties.by_name(built.models), family.parameters(sizes), config.optimizer)
     loader = kind.loader(mesh, rows, listener)
     cutter = Cutter(layout, mesh.at["cp"], config.parallelism.context_parallel_rotate_method)
     return Parts(
@@ -184,14 +183,17 @@ def join(config: Config, device: torch.device, mesh: Mesh, sizes: Any, laid: Lai
     split = layout.tp if parallel.enable_sequence_parallel else 1
     stream = pipeline.Stream(split, sizes.dim, DTYPES[config.training.mixed_precision_param])
     micro = parallel.pipeline_parallel_microbatch_size
+    cuts = [part.cut for part in laid.parts if part.cut is not None]
     return pipeline.build(
         laid.stages,
-        [part.cut for part in laid.parts if part.cut is not None],
+        cuts,
         mesh,
         parallel,
         microbatches=rows // (micro * layout.dp),
         tokens=config.training.seq_len // layout.cp,
         stream=stream,
+        loss_parts=len(laid.parts[-1].task.factors),
+        ties=ties.find([part.model for part in laid.parts], cuts, mesh, parallel),
         device=device,
     )
 

@@ -15,7 +15,7 @@ from titan_core.data.loader import Batch, BatchLoader
 from titan_core.data.tokenizer import Tokenizer, load_tokenizer
 from titan_core.nn.loss import LossAndSlope, loss_and_slope
 from titan_core.parallel.mesh import Mesh
-from titan_core.parallel.stages import SPLIT_BACKWARD
+from titan_core.parallel.stages import may_split
 from titan_core.parallel.tensor import loss_over_parts
 from titan_core.runtime.errors import ConfigError, Problem
 from titan_core.runtime.events import Listener
@@ -38,7 +38,7 @@ class Language:
         """Return what makes a task of a model."""
         inner, said = self._inner_loss(mesh)
         masks = getattr(self.sizes, "attention_mask", "causal") == "block_causal"
-        twice = self.config.parallelism.pipeline_parallel_schedule in SPLIT_BACKWARD
+        twice = may_split(self.config.parallelism) and not self.mtp_layers  # with which no backward is split
         weight = self.config.training.mtp_loss_weight
 
         def make(model: nn.Module, staged: bool) -> nn.Module:

@@ -23,7 +23,7 @@ from titan_core.config.schema import Config
 from titan_core.declare.family import Family
 from titan_core.nn.planning import plan_for
 from titan_core.observe.ledger import Key, Ledger
-from titan_core.parallel import stages
+from titan_core.parallel import stages, ties
 from titan_core.parallel.context import Cutter
 from titan_core.parallel.data_parallel import DTYPES
 from titan_core.parallel.mesh import Layout, Mesh
@@ -78,7 +78,7 @@ def _kind(config: Config, family: Family, sizes: Any, layout: Layout, pp_rank: i
         return None
     with torch.device("meta"):
         names = [name for name, _ in family.build(sizes).named_modules()]
-    mine = stages.owned(config.parallelism, stages.cuts(config.parallelism, family, names), pp_rank)
+    mine = stages.owned(config.parallelism, stages.cuts(config.parallelism, family, sizes, names), pp_rank)
     return tuple((cut.first, cut.last, len(cut.modules)) for cut in mine)
 
 
@@ -106,32 +106,39 @@ def _plan_rank(
     laid = lay_out(config, mesh, family, sizes, torch.device(device_type))
     kind = kind_of(config, family, sizes)
     step = _Step(config, mesh, kind, sizes, global_batch // (config.training.local_batch_size * layout.dp))
-    ledger = Ledger(_axes(mesh))
-    with plan_for(device_type), FakeTensorMode(allow_non_fake_inputs=True):
+    cuts = [part.cut for part in laid.parts if part.cut is not None]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         for part in laid.parts:
             part.model.to_empty(device="cpu")
-        parameters = [p for part in laid.parts for p in part.model.parameters()]
+    models = [part.model for part in laid.parts]
+    parameters = [p for model in models for p in model.parameters()]
+    tied = ties.find(models, cuts, mesh, config.parallelism)
+    ledger = Ledger(_axes(mesh) | {group.group_name: "pipeline" for _, group in tied.groups})
+    with plan_for(device_type), fake:
         ledger.hold(parameters)
         with ledger:
             step.run(laid, ledger)
+            tied.add_gradients()
     kept = list(step.kept.values())
     if layout.pp > 1:
         whole = join(config, torch.device("cpu"), mesh, sizes, laid, global_batch)
         in_flight = most_in_flight(whole, mesh.at["pp"], step.count, step.kept)
     else:
         in_flight = kept[0]
-    weights = sum(_bytes(p) for p in parameters)
+    weights = sum(map(_bytes, parameters))
+    optimizer = 2 * sum(map(_bytes, ties.by_name(models).values()))
     return RankPlan(
         ranks=1,
-        stages=tuple(part.cut.index for part in laid.parts if part.cut is not None) or (0,),
+        stages=tuple(cut.index for cut in cuts) or (0,),
         blocks=sum(len(find(part.model, family.blocks)) for part in laid.parts),
         parameters=sum(_local(p).numel() for p in parameters),
         weights=weights,
         gradients=weights,
-        optimizer=2 * weights,
+        optimizer=optimizer,
         activations=in_flight,
         gathered=ledger.peak_resized,
-        peak=ledger.peak + 2 * weights + max(0, in_flight - max(kept)),
+        peak=ledger.peak + optimizer + max(0, in_flight - max(kept)),
         collectives=step.collectives(ledger),
     )
 

@@ -45,7 +45,8 @@ def forward_backward(parts: Parts, read: Callable[[], Any]) -> Outcome:
     sums = parts.parallel.forward_backward(batches, factors / totals.clamp(min=1))
     parts.balance.collect()
     stages = parts.mesh.pp_group if parts.mesh.layout.pp > 1 else None
-    norm = clip_grad_norm(parts.parameters.values(), parts.config.training.max_norm, stages)
+    elsewhere = parts.parallel.counted_elsewhere()
+    norm = clip_grad_norm(parts.parameters.values(), parts.config.training.max_norm, stages, elsewhere)
     return _agree(sums, weights, norm, parts)
 
 

@@ -13,6 +13,7 @@ _SHARDING = dataclasses.replace(
     columns=(*decoder.SHARDING.columns, f"{_ATTENTION}.wq_b", f"{_ATTENTION}.wkv_b"),
     closing=(*decoder.SHARDING.closing, "mtp.*.norm"),
     resuming=("mtp.*.hidden_norm",),
+    last=(*decoder.SHARDING.last, "mtp.*"),
 )
 
 FAMILY = Family(

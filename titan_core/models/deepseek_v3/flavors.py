@@ -102,10 +102,10 @@ def parameters(sizes: DeepSeekSizes) -> tuple[Parameter, ...]:
 def mtp_layer(sizes: DeepSeekSizes, depth: int) -> Iterator[Parameter]:
     """List the parameters of a layer that predicts a further token; embedding and head are the model's."""
     prefix, one = f"mtp.{depth}", Constant(1.0)
-    table, untied = (sizes.vocab_size, sizes.dim), "num_mtp_layers 0"
+    table = sizes.vocab_size, sizes.dim
     tables, head = "tok_embeddings.weight", "tok_embeddings.weight" if sizes.tied else "output.weight"
-    yield Parameter(f"{prefix}.{tables}", table, "embedding", Normal(1.0), tied_to=tables, untied_by=untied)
-    yield Parameter(f"{prefix}.output.weight", table, "output", Normal(1.0), tied_to=head, untied_by=untied)
+    yield Parameter(f"{prefix}.{tables}", table, "embedding", Normal(1.0), tied_to=tables)
+    yield Parameter(f"{prefix}.output.weight", table, "output", Normal(1.0), tied_to=head)
     yield Parameter(f"{prefix}.embedding_norm.weight", (sizes.dim,), "norm", one)
     yield Parameter(f"{prefix}.hidden_norm.weight", (sizes.dim,), "norm", one)
     yield Parameter(f"{prefix}.proj.weight", (sizes.dim, 2 * sizes.dim), "hidden", Normal(0.02))
