@@ -18,29 +18,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Untuned: never measured on a GPU. A chunk of 2048 is what eight warps sort in registers, and makes chunks so few that
-# each can add up the counts of all. A thread of four warps holds eight columns (16 bytes in bf16) of up to eight rows.
-CHUNK, CHUNK_WARPS = 2048, 8
-COUNTS = 4096  # of the other chunks, read at once
-COLUMNS, NUM_WARPS = 1024, 4
+# Measured on an H200 (torch 2.11, Triton 3.6). Placement at 32768 x 8 assignments: 23 us, with chunks of 1024 27, of
+# 2048 35; in two launches, where each chunk adds up all chunks before it, 36. Rows of K = 8 and 1: tiles of 2048 columns
+# are as fast as smaller ones or up to 15 % faster, the gradients' of 512 up to 6 % faster than of 1024.
+CHUNK, CHUNK_WARPS = 512, 4
+SCANNED = (64, 32)  # chunks and experts of a tile of the scan
+TILE, BACKWARD_TILE = (2048, 4), (512, 2)  # columns and warps
 CHOICES = 8  # rows of a token in registers at once
 CHECKED = 64  # rows that a program checks for padding
 
 
 def place(experts_TK: Tensor, num_experts: int, align: int, num_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the counting sort: count by chunk, then place."""
+    """Launch the counting sort: count by chunk, scan the chunks, place."""
     num_assignments = experts_TK.numel()
     num_chunks = max(1, triton.cdiv(num_assignments, CHUNK))
-    bins = triton.next_power_of_2(max(num_experts + 1, 32))  # one of them is that of dropped assignments
+    bins = triton.next_power_of_2(max(num_experts + 1, SCANNED[1]))  # the last is that of dropped assignments
     ints = {"dtype": torch.int32, "device": experts_TK.device}
     counts, ends = torch.empty(num_experts, **ints), torch.empty(num_experts, **ints)
     row, source = torch.empty(experts_TK.shape, **ints), torch.empty(num_rows, **ints)
-    by_chunk = torch.empty(num_chunks, bins, **ints)
-    shared = {"BINS": bins, "CHUNK": CHUNK, "num_warps": CHUNK_WARPS}
-    _count[(num_chunks,)](experts_TK, by_chunk, source, num_assignments, num_rows, num_experts, **shared)
+    by_chunk, totals = torch.empty(num_chunks, bins, **ints), torch.empty(bins, **ints)
+    shared = {"BINS": bins, "num_warps": CHUNK_WARPS}
+    _count[(num_chunks,)](experts_TK, by_chunk, source, num_assignments, num_rows, num_experts, CHUNK=CHUNK, **shared)
+    _scan[(bins // SCANNED[1],)](by_chunk, totals, num_chunks, ROWS=SCANNED[0], COLUMNS=SCANNED[1], **shared)
     _place[(num_chunks,)](
-        experts_TK, by_chunk, counts, ends, row, source,
-        num_chunks, num_assignments, num_rows, num_experts, align, CHUNKS=max(1, COUNTS // bins), **shared,
+        experts_TK, by_chunk, totals, counts, ends, row, source,
+        num_assignments, num_rows, num_experts, align, CHUNK=CHUNK, **shared,
     )  # fmt: skip
     return counts, ends, row, source
 
@@ -50,7 +52,7 @@ def scatter(x_TD: Tensor, row_TK: Tensor, source_R: Tensor) -> Tensor:
     (num_tokens, top_k), num_rows, width = row_TK.shape, source_R.shape[0], x_TD.shape[1]
     rows = x_TD.new_empty(num_rows, width)
     if rows.numel():
-        programs = num_tokens * triton.cdiv(width, COLUMNS) + triton.cdiv(num_rows, CHECKED)
+        programs = num_tokens * triton.cdiv(width, TILE[0]) + triton.cdiv(num_rows, CHECKED)
         _scatter[(programs,)](
             x_TD, row_TK, source_R, rows, num_tokens, num_rows, width,
             ALL=triton.next_power_of_2(top_k), CHECKED=CHECKED, **_tile(top_k),
@@ -64,7 +66,7 @@ def combine(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None) -> Tenso
     num_rows, width = rows_RD.shape
     x = rows_RD.new_empty(num_tokens, width)
     if x.numel():
-        _combine[(num_tokens * triton.cdiv(width, COLUMNS),)](
+        _combine[(num_tokens * triton.cdiv(width, TILE[0]),)](
             rows_RD, row_TK, row_TK if weights_TK is None else weights_TK, x, num_rows, width,
             WEIGHTED=weights_TK is not None, **_tile(top_k),
         )  # fmt: skip
@@ -81,14 +83,14 @@ def combine_backward(
     grad_rows, grad_weights = torch.empty_like(rows_RD), torch.empty_like(weights_TK)
     _combine_backward[(num_tokens + triton.cdiv(num_rows, CHECKED),)](
         grad_TD, rows_RD, row_TK, source_R, weights_TK, grad_rows, grad_weights, num_tokens, num_rows, width,
-        CHECKED=CHECKED, **_tile(top_k),
+        CHECKED=CHECKED, **_tile(top_k, BACKWARD_TILE),
     )  # fmt: skip
     return grad_rows, grad_weights
 
 
-def _tile(top_k: int) -> dict[str, int]:
+def _tile(top_k: int, tile: tuple[int, int] = TILE) -> dict[str, int]:
     choices = min(CHOICES, triton.next_power_of_2(top_k))
-    return {"TOP_K": top_k, "CHOICES": choices, "COLUMNS": COLUMNS, "num_warps": NUM_WARPS}
+    return {"TOP_K": top_k, "CHOICES": choices, "COLUMNS": tile[0], "num_warps": tile[1]}
 
 
 @triton.jit
@@ -113,23 +115,32 @@ def _count(
         tl.store(source_ptr + row, tl.full((CHUNK,), -1, tl.int32), mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_chunks", "num_assignments", "num_rows"])
+@triton.jit(do_not_specialize=["num_chunks"])
+def _scan(
+    by_chunk_ptr, totals_ptr, num_chunks, BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Replace the counts of each chunk by the counts of all chunks before it, in place."""
+    expert = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    before = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, num_chunks, ROWS):
+        chunk = start + tl.arange(0, ROWS)
+        at = by_chunk_ptr + chunk[:, None] * BINS + expert[None, :]
+        mask = chunk[:, None] < num_chunks
+        counts = tl.load(at, mask=mask, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(counts, 0) - counts, mask=mask)
+        before += tl.sum(counts, 0)
+    tl.store(totals_ptr + expert, before)
+
+
+@triton.jit(do_not_specialize=["num_assignments", "num_rows"])
 def _place(
-    experts_ptr, by_chunk_ptr, counts_ptr, ends_ptr, row_ptr, source_ptr,
-    num_chunks, num_assignments, num_rows, num_experts, align,
-    BINS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    experts_ptr, by_chunk_ptr, totals_ptr, counts_ptr, ends_ptr, row_ptr, source_ptr,
+    num_assignments, num_rows, num_experts, align, BINS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sort a chunk by expert, stably, and write where each assignment goes."""
     chunk = tl.program_id(0)
     bins = tl.arange(0, BINS)
-    totals = tl.zeros((BINS,), tl.int32)
-    before = tl.zeros((BINS,), tl.int32)  # in the chunks before this one
-    for start in range(0, num_chunks, CHUNKS):
-        other = start + tl.arange(0, CHUNKS)[:, None]
-        found = tl.load(by_chunk_ptr + other * BINS + bins[None, :], mask=other < num_chunks, other=0)
-        totals += tl.sum(found, 0)
-        before += tl.sum(tl.where(other < chunk, found, 0), 0)
-    totals = tl.where(bins < num_experts, totals, 0)
+    totals = tl.where(bins < num_experts, tl.load(totals_ptr + bins), 0)
     padded = tl.cdiv(totals, align) * align
     ends = tl.cumsum(padded, 0)
     if chunk == 0:
@@ -139,7 +150,7 @@ def _place(
     ordered = tl.sort(expert * CHUNK + tl.arange(0, CHUNK))  # the position breaks ties: stable
     counts = tl.histogram(expert, BINS)
     first = tl.cumsum(counts, 0) - counts  # of each expert in `ordered`
-    shift = ends - padded + before - first
+    shift = ends - padded + tl.load(by_chunk_ptr + chunk * BINS + bins) - first
     expert = ordered // CHUNK
     assignment = chunk * CHUNK + ordered % CHUNK
     row = tl.gather(shift, expert, 0) + tl.arange(0, CHUNK)
