@@ -107,16 +107,14 @@ def fp8_grouped_gemm(num_rows: int = ROWS) -> None:
 
 
 def pointwise(num_tokens: int = TOKENS) -> None:
-    """Launch the norm, the rotation and the gate, with their gradients."""
-    from titan_kernels import rms_norm_kernels, rotary_kernels, swiglu_kernels
+    """Launch the norm and the rotation, with their gradients."""
+    from titan_kernels import rms_norm_kernels, rotary_kernels
 
     x, weight, inverse = empty(num_tokens, 4096), empty(4096), empty(num_tokens, dtype=torch.float32)
     rms_norm_kernels.forward(x, weight, 1e-6)
     rms_norm_kernels.backward(x, x, weight, inverse)
     table = empty(1, num_tokens, 64, dtype=torch.float32)
     rotary_kernels.rotate(empty(2, num_tokens, 32, 128), table, table, False)
-    swiglu_kernels.forward(x, x)
-    swiglu_kernels.backward(x, x, x)
 
 
 def linear_cross_entropy(num_tokens: int = TOKENS) -> None:

@@ -4,7 +4,7 @@ Bytes that must move, with e bytes a number: forward 2 * N*D*e, backward 3 * N*D
 over the rows with a stride, and keeps its part of the weight's gradient in registers until its last row: one fp32 row
 a program is written, and one more launch sums these in a fixed order.
 """
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary, SwiGLU and linear cross-entropy as torch operations: on a CPU, under autograd and the compiler."""
+"""RMSNorm, rotary and linear cross-entropy as torch operations: on a CPU, under autograd and the compiler."""
 
 import pytest
 import torch
@@ -10,7 +10,6 @@ from titan_kernels.linear_cross_entropy import (
 )
 from titan_kernels.rms_norm import reference_rms_norm, rms_norm
 from titan_kernels.rotary import reference_rotate_pairs, rotate_pairs
-from titan_kernels.swiglu import reference_swiglu, swiglu
 
 from tests.ranks import apart
 
@@ -32,7 +31,6 @@ def given(name: str) -> tuple:
     return {
         "rms_norm": lambda: (rms_norm, reference_rms_norm, [wide(5, 12), wide(12), 1e-5]),
         "rotate_pairs": lambda: (rotate_pairs, reference_rotate_pairs, [wide(2, 3, 2, 8), *angles()]),
-        "swiglu": lambda: (swiglu, reference_swiglu, [wide(4, 6), wide(4, 6)]),
         "linear_cross_entropy": lambda: (
             linear_cross_entropy,
             reference_linear_cross_entropy,
@@ -41,7 +39,7 @@ def given(name: str) -> tuple:
     }[name]()
 
 
-NAMES = ["rms_norm", "rotate_pairs", "swiglu", "linear_cross_entropy"]
+NAMES = ["rms_norm", "rotate_pairs", "linear_cross_entropy"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -80,7 +78,6 @@ def test_traced_as_a_whole_it_is_the_same(name: str) -> None:
     [
         (OPS.rms_norm, lambda: (wide(5, 12), wide(12), 1e-5)),
         (OPS.rotate_pairs, lambda: (wide(2, 3, 2, 8), *(x[None] for x in angles()), False)),
-        (OPS.swiglu, lambda: (wide(4, 6), wide(4, 6))),
         (OPS.linear_cross_entropy, lambda: (wide(5, 4), wide(6, 4), LABELS, torch.tensor(0.5), 2, True, True)),
         (OPS.scale_, lambda: (torch.randn(5, 6), torch.tensor(0.5))),
         (OPS.cross_entropy_, lambda: (torch.randn(5, 6), LABELS, None, True)),
@@ -164,7 +161,6 @@ def test_rows_of_losses_sum_to_the_loss() -> None:
         (lambda: rms_norm(torch.ones(2, 3), torch.ones(4), 1e-6), "one weight a column"),
         (lambda: rms_norm(torch.ones(1, 40000), torch.ones(40000), 1e-6), "got 40000"),
         (lambda: rotate_pairs(torch.ones(1, 3, 1, 4), torch.ones(2, 2), torch.ones(2, 2)), r"of shape \(3, 2\)"),
-        (lambda: swiglu(torch.ones(2), torch.ones(3)), "two tensors alike"),
         (lambda: linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.ones(3).long()), "3 labels"),
     ],
     ids=["weight", "too wide", "tables", "halves", "labels"],

@@ -81,7 +81,7 @@ def fused_ce(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SE
 
 
 def pointwise(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
-    """RMSNorm, rotary embedding, SwiGLU.
+    """RMSNorm, rotary embedding.
 
     Forward and backward, beside torch eager and compiled.
     """

@@ -93,12 +93,16 @@ def multiply(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend)
     return grouped_linear(x_RI, weight_EOI, ends_E)
 
 
-def choose_backend(asked: Backend | Literal["auto"], device_type: str, dtype: torch.dtype) -> tuple[Backend, str]:
-    """Return how to form products, and why."""
+def choose_backend(
+    asked: Backend | Literal["auto"], device_type: str, dtype: torch.dtype, capability: int | None = None
+) -> tuple[Backend, str]:
+    """Return how to form products, and why; `capability` is the major compute capability of a GPU."""
     if asked != "auto":
         return asked, "as asked"
     if device_type == "cpu":
         return "titan", "a product an expert: the fastest on a CPU"
     if dtype != torch.bfloat16:
         return "titan", f"torch's grouped product takes no {str(dtype).removeprefix('torch.')}"
+    if capability == 9:
+        return "titan", "1.0 to 1.1 times as fast as torch's grouped product on an H200"
     return "grouped_mm", "titan's kernels are untimed on this device: `titan bench moe-gemm` compares them"

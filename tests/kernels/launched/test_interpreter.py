@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from titan_kernels.launch import interpreting
 
 
 @triton.jit
@@ -27,4 +28,5 @@ def test_bfloat16_arithmetic_is_torchs(device: torch.device, rounded_to: torch.d
     torch.testing.assert_close(sums.float(), x.float().sum(1), rtol=2**-8, atol=1e-5)
     expected = torch.where(x > y, x * y + x, -y)
     close = {torch.bfloat16: 2**-7, torch.float8_e4m3fn: 2**-3, torch.float8_e5m2: 2**-2}[rounded_to]  # fused or not
-    torch.testing.assert_close(rounded.float(), expected.to(rounded_to).float(), rtol=close, atol=2**-9)
+    atol = 2**-9 if interpreting() else 2**-5  # a GPU rounds x * y + x once
+    torch.testing.assert_close(rounded.float(), expected.to(rounded_to).float(), rtol=close, atol=atol)

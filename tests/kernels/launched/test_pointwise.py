@@ -1,10 +1,9 @@
-"""RMSNorm, rotary embedding and SwiGLU: the kernels, forward and backward, against fp64 references."""
+"""RMSNorm and rotary embedding: the kernels, forward and backward, against fp64 references."""
 
 import pytest
 import torch
 from titan_kernels.rms_norm import reference_rms_norm, rms_norm
 from titan_kernels.rotary import reference_rotate_pairs, rotate_pairs
-from titan_kernels.swiglu import reference_swiglu, swiglu
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,19 +61,3 @@ def test_rotary_reads_a_part_of_a_fused_product(device: torch.device) -> None:
     assert not q.is_contiguous()
     found, truth = (f(q, angles.cos(), angles.sin()) for f in (rotate_pairs, reference_rotate_pairs))
     torch.testing.assert_close(found, truth, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 2100), (2, 3, 40)], ids=str)
-def test_swiglu(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(swiglu, reference_swiglu, [torch.randn(shape, device=device) for _ in range(2)], [], dtype)
-
-
-def test_swiglu_of_halves(device: torch.device) -> None:
-    both = torch.randn(5, 2 * 70, device=device, requires_grad=True)
-    grads = []
-    for function in (swiglu, reference_swiglu):
-        out = function(*both.chunk(2, -1))
-        grads.append((out, *torch.autograd.grad(out.square().sum(), both)))
-    for found, truth in zip(*grads, strict=True):
-        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""RMSNorm, rotary embedding and SwiGLU, forward and backward: what moves bytes and multiplies nothing.
+"""RMSNorm and rotary embedding, forward and backward: what moves bytes and multiplies nothing.
 
 Shape letters: N rows, D width, B batch, T tokens, H heads, C head width, F feed-forward width.
 """
@@ -108,20 +108,6 @@ def _training_rotary(x_BTHC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     return eager.RotatePairs.apply(x_BTHC, torch.complex(cos_TC, sin_TC))
 
 
-def _swiglu_operands(shape: tuple[int, ...], draw: Draw) -> Operands:
-    return Operands([draw.normal(*shape), draw.normal(*shape)], [], draw.normal(*shape))
-
-
-def _plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def _titan_swiglu() -> Callable[..., Tensor]:
-    from titan_kernels.swiglu import swiglu
-
-    return swiglu
-
-
 _OPERATIONS = {
     "rms-norm": _Operation(
         _norm_operands,
@@ -140,14 +126,5 @@ _OPERATIONS = {
         _titan_rotary,
         ((2, 8192, 32, 128), (2, 8192, 8, 128)),
         (2, 60, 6, 64),
-    ),
-    "swiglu": _Operation(
-        _swiglu_operands,
-        (3, 5),
-        _plain_swiglu,
-        eager.SwiGLU.apply,
-        _titan_swiglu,
-        ((16384, 14336), (65536, 768)),
-        (250, 1000),
     ),
 }
