@@ -14,7 +14,6 @@ As in `grouped_gemm_kernels.py`, loops are flattened and the copy engine reads a
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
@@ -37,8 +36,9 @@ from titan_kernels.tensor_maps import blocks_of, load_rows, rows_of, store_rows
 
 # By major compute capability, 8 for all where the copy engine cannot read or write the operands; block_k is the width
 # of a scale. The stages are what shared memory takes beside the piece of a tile that is written. Measured on an H200
-# (torch 2.11, Triton 3.6) at 32768 x 4096 x 7168 of 4 experts, in TFLOP/s: blockwise 982 nested in tiles of 128 x 128
-# (763 flattened of 128 x 256, 648 flattened of 128 x 128); rowwise 1470 flattened; the weight gradient 862 with two
+# (torch 2.11, Triton 3.6) at 32768 x 4096 x 7168 of 4 experts, in TFLOP/s: blockwise 982 nested in tiles of 128 x 128,
+# rows by a plain map and written through pointers (763 flattened of 128 x 256, 648 flattened of 128 x 128, 660 nested
+# with rows by `rows_of`); rowwise 1490 flattened; the weight gradient 875 with two
 # programs of 128 x 128 a multiprocessor, 657 with one of 256 x 128, 591 with one of 128 x 128. Others are unmeasured.
 BLOCKWISE = {
     8: GemmConfig(128, 128, 128, num_warps=8, num_stages=2),
@@ -70,8 +70,20 @@ def blockwise_product(
     config: GemmConfig | None = None,
 ) -> Tensor:
     """Launch x @ weight[e].T; scales of weights are (E, N blocks, K blocks), in any order of strides."""
-    scales = (scale_RB, weight_scale, scale_RB.stride(1), *weight_scale.stride())
-    return _launch(_blockwise_product, q_RK, q_ENK, scales, ends_E, dtype, config)
+    (num_rows, width_k), (num_experts, width_n, _) = q_RK.shape, q_ENK.shape
+    y = torch.empty(num_rows, width_n, dtype=dtype, device=q_RK.device)
+    if y.numel() == 0 or width_k == 0:
+        return y.zero_()
+    mapped = takes_tensor_map(q_RK, q_ENK)
+    config = config or _config_of(BLOCKWISE, width_k, width_n, dtype, mapped)
+    _blockwise_product[(num_programs(q_RK) * config.programs,)](
+        blocks_of(q_RK, [config.block_m, config.block_k], mapped),
+        blocks_of(q_ENK, [1, config.block_n, config.block_k], mapped),
+        y, plan(ends_E, num_rows, config.block_m), scale_RB, weight_scale, scale_RB.stride(1), *weight_scale.stride(),
+        num_rows, width_n, width_k, num_experts,
+        EVEN_K=width_k % config.block_k == 0, **constants_of(config, mapped),
+    )  # fmt: skip
+    return y
 
 
 def rowwise_product(
@@ -84,37 +96,29 @@ def rowwise_product(
     config: GemmConfig | None = None,
 ) -> Tensor:
     """Launch x @ weight[e].T with a scale for each row of both."""
-    return _launch(_rowwise_product, q_RK, q_ENK, (scale_R, scale_EN.contiguous()), ends_E, dtype, config)
-
-
-def _launch(
-    kernel: Any,
-    q_RK: Tensor,
-    q_ENK: Tensor,
-    scales: tuple[Any, ...],
-    ends_E: Tensor,
-    dtype: torch.dtype,
-    config: GemmConfig | None,
-) -> Tensor:
     (num_rows, width_k), (num_experts, width_n, _) = q_RK.shape, q_ENK.shape
     y = torch.empty(num_rows, width_n, dtype=dtype, device=q_RK.device)
     if y.numel() == 0 or width_k == 0:
         return y.zero_()
     mapped = takes_tensor_map(q_RK, q_ENK, y)
-    if config is None:
-        configs = BLOCKWISE if kernel is _blockwise_product else ROWWISE
-        config = UNALIGNED_PRODUCT if width_k % 16 else config_from(configs, dtype, mapped)
-    if width_n <= config.block_n // config.pieces:
-        config = replace(config, block_n=max(32, triton.next_power_of_2(width_n)), pieces=1)
-    piece = config.block_n // config.pieces
-    at_once = piece if kernel is _blockwise_product else config.block_n
-    kernel[(num_programs(q_RK) * config.programs,)](
-        rows_of(q_RK, [config.block_m, config.block_k], mapped), blocks_of(q_ENK, [1, at_once, config.block_k], mapped),
-        rows_of(y, [config.block_m, piece], mapped), plan(ends_E, num_rows, config.block_m),
-        *scales, num_rows, width_n, width_k, num_experts,
+    config = config or _config_of(ROWWISE, width_k, width_n, dtype, mapped)
+    _rowwise_product[(num_programs(q_RK) * config.programs,)](
+        rows_of(q_RK, [config.block_m, config.block_k], mapped),
+        blocks_of(q_ENK, [1, config.block_n, config.block_k], mapped),
+        rows_of(y, [config.block_m, config.block_n // config.pieces], mapped),
+        plan(ends_E, num_rows, config.block_m), scale_R, scale_EN.contiguous(), num_rows, width_n, width_k, num_experts,
         EVEN_K=width_k % config.block_k == 0, **constants_of(config, mapped),
     )  # fmt: skip
     return y
+
+
+def _config_of(
+    configs: dict[int, GemmConfig], width_k: int, width_n: int, dtype: torch.dtype, mapped: bool
+) -> GemmConfig:
+    config = UNALIGNED_PRODUCT if width_k % 16 else config_from(configs, dtype, mapped)
+    if width_n <= config.block_n // config.pieces:
+        config = replace(config, block_n=max(32, triton.next_power_of_2(width_n)), pieces=1)
+    return config
 
 
 def weight_gradient(
@@ -144,40 +148,30 @@ def weight_gradient(
 
 @triton.jit(do_not_specialize=["scale_stride", "num_rows"])
 def _blockwise_product(
-    x, weight, y, tiles_ptr, scale_ptr, weight_scale_ptr, scale_stride, expert_stride, n_stride, k_stride,
+    x, weight, y_ptr, tiles_ptr, scale_ptr, weight_scale_ptr, scale_stride, expert_stride, n_stride, k_stride,
     num_rows, width_n, width_k, num_experts,
     TENSOR_MAP: tl.constexpr, FLATTEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PIECES: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    HALF: tl.constexpr = BLOCK_N // PIECES  # not wider than a scale of weights, BLOCK_K
+    """Add the product of each 128 steps, scaled. BLOCK_N is not wider than a scale of weights, BLOCK_K."""
     tiles_m, tiles_n = tl.load(tiles_ptr), tl.cdiv(width_n, BLOCK_N)
     steps = tl.cdiv(width_k, BLOCK_K)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        expert, row, end, stop, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
+        expert, row, end, _, n = planned_tile(tiles_ptr, index, tiles_m, tiles_n, num_experts, GROUP_M)
         n *= BLOCK_N
-        at_left = weight_scale_ptr + expert.to(tl.int64) * expert_stride + n // BLOCK_K * n_stride
-        at_right = at_left + (n + HALF) // BLOCK_K * n_stride - n // BLOCK_K * n_stride
-        left, right = tl.zeros((BLOCK_M, HALF), tl.float32), tl.zeros((BLOCK_M, HALF), tl.float32)
+        rows = row + tl.arange(0, BLOCK_M)
+        weight_scales = weight_scale_ptr + expert.to(tl.int64) * expert_stride + n // BLOCK_K * n_stride
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(steps):
-            k, rows = step * BLOCK_K, row + tl.arange(0, BLOCK_M)  # here: what a loop carries on takes registers
-            scale = tl.load(scale_ptr + step * scale_stride + rows, mask=rows < stop, other=0.0)
-            of_left = tl.load(at_left + step * k_stride, mask=row < stop, other=0.0)
-            a = load_rows(x, row, stop, k, width_k, BLOCK_M, BLOCK_K, TENSOR_MAP, EVEN_K)
-            b = weight_block(weight, expert, n, k, width_n, width_k, num_experts, HALF, BLOCK_K, False, TENSOR_MAP)
-            left += tl.dot(a, b) * (scale * of_left)[:, None]
-            if PIECES == 2:
-                of_right = tl.load(at_right + step * k_stride, mask=(row < stop) & (n + HALF < width_n), other=0.0)
-                b = weight_block(
-                    weight, expert, n + HALF, k, width_n, width_k, num_experts, HALF, BLOCK_K, False, TENSOR_MAP
-                )
-                # zeros that wait for `left`: else the compiler begins this product before the registers of the other
-                # are free, and spills
-                zeros = tl.where(k < 0, left, 0.0)
-                right += tl.dot(a, b, zeros) * (scale * of_right)[:, None]
-        store_rows(y, row, end, n, width_n, left, TENSOR_MAP)
-        if PIECES == 2:
-            store_rows(y, row, end, n + HALF, width_n, right, TENSOR_MAP)
-    zero_rest(y, tiles_ptr, num_rows, width_n, BLOCK_M, BLOCK_N, PIECES, TENSOR_MAP)
+            k = step * BLOCK_K
+            # rows past the end are another's, or NaN, and are not written: rows of a product don't meet
+            a = x.load([row, k]) if TENSOR_MAP else load_rows(x, row, end, k, width_k, BLOCK_M, BLOCK_K, False, EVEN_K)
+            b = weight_block(weight, expert, n, k, width_n, width_k, num_experts, BLOCK_N, BLOCK_K, False, TENSOR_MAP)
+            scale = tl.load(scale_ptr + step * scale_stride + rows, mask=rows < end, other=0.0)
+            scale *= tl.load(weight_scales + step * k_stride)
+            total += tl.dot(a, b) * scale[:, None]
+        store_rows(y_ptr, row, end, n, width_n, total, False)
+    zero_rest(y_ptr, tiles_ptr, num_rows, width_n, BLOCK_M, BLOCK_N, PIECES, False)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
