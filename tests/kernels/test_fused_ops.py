@@ -163,7 +163,7 @@ def test_rows_of_losses_sum_to_the_loss() -> None:
         (lambda: rotate_pairs(torch.ones(1, 3, 1, 4), torch.ones(2, 2), torch.ones(2, 2)), r"of shape \(3, 2\)"),
         (lambda: linear_cross_entropy(torch.ones(2, 3), torch.ones(5, 3), torch.ones(3).long()), "3 labels"),
     ],
-    ids=["weight", "too wide", "tables", "halves", "labels"],
+    ids=["weight", "too wide", "tables", "labels"],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(call, said: str) -> None:
     with pytest.raises(ValueError, match=said):
