@@ -137,7 +137,8 @@ def set_backend(model: nn.Module, config: Config, device: torch.device) -> list[
     if not layers:
         return []
     dtype = DTYPES[config.training.mixed_precision_param]
-    capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+    there = device.type == "cuda" and torch.cuda.is_available()  # a plan may be for a GPU that is not
+    capability = torch.cuda.get_device_capability(device)[0] if there else None
     backend, why = choose_backend(config.training.expert_backend, device.type, dtype, capability)
     for layer in layers:
         layer.backend = backend
