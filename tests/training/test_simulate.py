@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.parity.test_mtp_layouts import MTP
 from tests.ranks import apart
@@ -84,7 +85,15 @@ def test_tied_stages_hold_the_table_twice_and_add_its_gradients_once(tmp_path) -
     table = 2048 * 32
     assert first["parameters"] + last["parameters"] == one["parameters"] + table
     assert sent(first)[("all-reduce", "pipeline")] == sent(last)[("all-reduce", "pipeline")] == (1, 4 * table)
-    both, middle = planned(tmp_path, 2, **settings, parallelism__pipeline_parallel_schedule="DualPipeV")
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 cannot split the backward of a V")
+def test_a_v_holds_both_tables_on_one_rank_and_sends_no_gradient(tmp_path) -> None:
+    settings = {"training__local_batch_size": 16, "model.args.tied": True}
+    pipelined = {"parallelism__pipeline_parallel_degree": 2, "parallelism__pipeline_parallel_schedule": "DualPipeV"}
+    both, middle = planned(tmp_path, 2, **settings, **pipelined)
+    (one,) = planned(tmp_path, 1, **settings)
+    table = 2048 * 32
     assert both["parameters"] + middle["parameters"] == one["parameters"] + table
     assert both["optimizer"] == 2 * (both["weights"] - 4 * table)  # of the two, one is trained
     assert ("all-reduce", "pipeline") not in sent(both)
