@@ -1,9 +1,8 @@
 """Triton kernels of `fp8_grouped_gemm.py`. Both operands lie along the sum: wgmma takes no other float8.
 
 A product whose scales change every 128 steps holds the sum and the 128 steps that are added to it: at 128 x 256 these
-are more than the registers. So a tile is two halves, one after the other, over the same block of the other operand.
-
-As in `grouped_gemm_kernels.py`, loops are flattened and the copy engine reads and writes.
+are more than the registers. So its tile is 128 x 128, and where the gradient's has two pieces, they are summed one after
+the other over the same block of the other operand. The rowwise product is as in `grouped_gemm_kernels.py`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

@@ -1,4 +1,4 @@
-"""The tiles of grouped products, by device and kind: `python -m titan_kernels.tune` times what else they could be."""
+"""The tiles of grouped products, by device and kind of product."""
 
 from __future__ import annotations
 
