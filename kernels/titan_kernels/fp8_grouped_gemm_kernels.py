@@ -1,8 +1,8 @@
 """Triton kernels of `fp8_grouped_gemm.py`. Both operands lie along the sum: wgmma takes no other float8.
 
 A product whose scales change every 128 steps holds the sum and the 128 steps that are added to it: at 128 x 256 these
-are more than the registers. So its tile is 128 x 128, and where the gradient's has two pieces, they are summed one after
-the other over the same block of the other operand. The rowwise product is as in `grouped_gemm_kernels.py`.
+are more than the registers. So its tile is 128 x 128, and where the gradient's has two pieces, they are summed one
+after the other over the same block of the other operand. The rowwise product is as in `grouped_gemm_kernels.py`.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -256,7 +256,9 @@ def _weight_gradient(
             if PIECES == 2:
                 scale = scales_of(grad_scale_ptr, m + HALF, block, out, num_blocks, HALF)
                 a = block_of(grad, m + HALF, block, out, num_blocks, HALF, BLOCK_K, TENSOR_MAP)
-                zeros = tl.where(step < 0, top, 0.0)  # as in _blockwise_product
+                # zeros that wait for `top`: else the compiler begins this product before the registers of the other
+                # are free, and spills
+                zeros = tl.where(step < 0, top, 0.0)
                 bottom += tl.dot(a, b.T, zeros) * x_scale[None, :] * scale[:, None]
         store_block(gradient, expert, m, n, out, width, top, TENSOR_MAP)
         if PIECES == 2:
