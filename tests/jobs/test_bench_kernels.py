@@ -1,7 +1,9 @@
 """The benchmarks of kernels: what is right is timed, what is wrong is not, and the work is counted by formula."""
 
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.ranks import apart, run_ranks
-from titan_core.jobs.bench import attention, fused_ce, moe_gemm, passes, permute, plot, pointwise
+from titan_core.jobs.bench import attention, fused_ce, moe_gemm, passes, permute, plot, pointwise, run, timing
 from titan_core.jobs.bench.case import Absent, Case, Prepared, run_case, worst_row
 from titan_core.jobs.bench.collectives import COLLECTIVES
 from titan_core.jobs.bench.collectives import run as run_collectives
@@ -106,6 +108,78 @@ def test_only_what_is_right_is_timed() -> None:
     assert own.gigabytes_per_second == pytest.approx(1e6 / own.seconds / 1e9)
     assert own.roofline == pytest.approx(1e-5 / own.seconds)  # its bytes take 10 us, its FLOPs 2
     assert [row.backend for row in run_case(case_of(backends), timer(), ROOFLINE, ["padded"])] == ["padded"]
+
+
+def test_who_fails_while_timed_has_no_time_and_stops_nobody() -> None:
+    calls = 0
+
+    def tiring(x: Tensor):
+        def call() -> Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                raise RuntimeError("out of breath")
+            return 2 * x
+
+        return call
+
+    rows = run_case(case_of({"titan": lambda x: lambda: 2 * x, "tiring": tiring}), timer(), ROOFLINE, ())
+    assert [row.verdict for row in rows] == ["right", "failed"]
+    assert rows[1].note == "RuntimeError: out of breath"
+    assert rows[0].seconds is not None
+    assert rows[1].seconds is None
+
+
+class _Gpu:
+    """A clock for the host and one for a device that works off what it was given, in order."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def give(self, work: float, launch: float = 0.0) -> None:
+        self.host += launch
+        self.device = max(self.device, self.host) + work
+
+    def event(self, enable_timing: bool) -> "_Gpu._Event":
+        return self._Event(self)
+
+    class _Event:
+        def __init__(self, gpu: "_Gpu") -> None:
+            self.gpu = gpu
+
+        def record(self) -> None:
+            self.at = max(self.gpu.device, self.gpu.host)
+
+        def elapsed_time(self, end: "_Gpu._Event") -> float:
+            return (end.at - self.at) * 1e3
+
+
+def test_a_gpu_is_timed_without_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = _Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: gpu.give(cycles / 1.5e9))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: setattr(gpu, "host", max(gpu.host, gpu.device)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=1 << 10))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: gpu.host)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(zero_=lambda: gpu.give(30e-6, 5e-6)))
+    timer = Timer(torch.device("cuda"))
+
+    def launches() -> None:  # three kernels of 7 us each, that the host takes 40 us each to launch
+        for _ in range(3):
+            gpu.give(7e-6, 40e-6)
+
+    small, large = timer.race([launches, lambda: gpu.give(2e-3, 1e-5)])
+    assert small.seconds == pytest.approx(21e-6)
+    assert small.host == pytest.approx(120e-6)
+    assert large.seconds == pytest.approx(2e-3)
+    assert large.calls < small.calls == 200
+
+
+def test_who_is_compared_takes_turns() -> None:
+    order: list[str] = []
+    found = Timer(CPU, budget=0.0).race([lambda: order.append("a"), lambda: order.append("b")])
+    assert [x.calls for x in found] == [5, 5]
+    assert "".join(order)[-10:] == "abbaabbaab"
 
 
 def test_the_worst_row_shows_what_the_norm_of_the_whole_hides() -> None:
@@ -232,6 +306,30 @@ def test_a_compiled_backward_runs_again_after_one_that_used_its_graph_up() -> No
     once, again, plain = apart(_kept_after_used)
     torch.testing.assert_close(once, plain)
     torch.testing.assert_close(again, plain)
+
+
+def test_what_was_measured_is_kept_when_a_run_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tmp_path / "rows.jsonl"
+    saved.write_bytes(b'{"device":"one of before"}\n')
+
+    def interrupted(case: Case, *_: object) -> list:
+        if case.part == "unpermute":
+            raise KeyboardInterrupt
+        return run_case(case, *_)
+
+    monkeypatch.setattr(run, "run_case", interrupted)
+    monkeypatch.setattr(run, "measure", lambda *_: ROOFLINE)
+    report = run.run(["permute"], Request(seed=5, backends=("titan", "torch")), budget=1e-4, save=str(saved))
+    assert report.interrupted
+    parts = [("place", "titan"), ("place", "torch"), ("permute", "titan"), ("permute", "torch")]
+    assert [(row.part, row.backend) for row in report.rows] == parts
+    before, head, *rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert before == {"device": "one of before"}
+    assert (head["device"], head["seed"]) == ("a test", 5)
+    assert [(row["part"], row["backend"]) for row in rows] == parts
+    assert rows[0]["seconds"] == report.rows[0].seconds
+    with pytest.raises(UsageError, match="--save"):
+        run.run(["permute"], Request(), save=str(tmp_path / "missing" / "rows.jsonl"))
 
 
 def test_inputs_follow_the_seed() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from titan_cli.context import no_flags, output_of, words_of
 from titan_cli.output import Output
 from titan_core.jobs.bench.request import DTYPES, PASSES, PRESETS, Request, read_list, read_shapes
-from titan_core.runtime.errors import UsageError
+from titan_core.runtime.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from titan_core.jobs.bench.case import Row
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _BACKEND = typer.Option("all", metavar="NAMES", help="all, or names with commas between them, e.g. titan,loop.")
 _PLOT = typer.Option(None, metavar="FILE", help="Draw the result into a .png, .svg or .pdf.")
+_SAVE = typer.Option(None, metavar="FILE", help="Append each result as a line of JSON, as soon as it is known.")
 _SEED = typer.Option(None, min=0, help="Draws the inputs; a new one each time if not given.")
 _SHAPES = typer.Option(
     ["deepseek-v3"], metavar="SHAPES", help=f"{', '.join(PRESETS)}, or rows,out,in,groups. Repeatable."
@@ -36,6 +38,7 @@ def moe_gemm(
     passes: str = typer.Option("fwd,dx,dw", "--pass", metavar="PASSES", help="Some of fwd, dx, dw."),
     imbalance: float = _SKEW,
     seed: int | None = _SEED,
+    save: str | None = _SAVE,
     plot: str | None = _PLOT,
 ) -> None:
     """Grouped matmuls of experts.
@@ -48,52 +51,61 @@ def moe_gemm(
         passes=read_list("--pass", passes, PASSES),
         imbalance=imbalance,
     )
-    _run(ctx, ["moe-gemm"], request, backend, seed, plot)
+    _run(ctx, ["moe-gemm"], request, _Ways(backend, seed, save, plot))
 
 
-def moe_layer(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+def _of(name: str, doc: str) -> Callable[..., None]:
+    """Return the command of an operation that takes what all of them take."""
+
+    def command(
+        ctx: typer.Context,
+        backend: str = _BACKEND,
+        seed: int | None = _SEED,
+        save: str | None = _SAVE,
+        plot: str | None = _PLOT,
+    ) -> None:
+        _run(ctx, [name], Request(), _Ways(backend, seed, save, plot))
+
+    command.__doc__ = doc
+    return command
+
+
+moe_layer = _of(
+    "moe-layer",
     """Whole layers of experts.
 
     Placement, gather, gate, products and weighted sum, beside the same from torch's grouped_mm. Without the router.
-    """
-    _run(ctx, ["moe-layer"], Request(), backend, seed, plot)
-
-
-def permute(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """,
+)
+permute = _of(
+    "permute",
     """Rows to their experts and back.
 
     Placement, permute and unpermute with its gradient, beside a sort, gathers and sums by torch, plain and compiled.
-    """
-    _run(ctx, ["permute"], Request(), backend, seed, plot)
-
-
-def quant(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
-    """Cast to float8 with scales of blocks."""
-    _run(ctx, ["quant"], Request(), backend, seed, plot)
-
-
-def fused_ce(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """,
+)
+quant = _of("quant", "Cast to float8 with scales of blocks.")
+fused_ce = _of(
+    "fused-ce",
     """Output head and cross-entropy in one.
 
     Loss and gradients, beside what training uses, torch eager and compiled, and Liger where it is installed.
-    """
-    _run(ctx, ["fused-ce"], Request(), backend, seed, plot)
-
-
-def pointwise(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """,
+)
+pointwise = _of(
+    "pointwise",
     """RMSNorm, rotary embedding.
 
     Forward and backward, beside torch eager and compiled.
-    """
-    _run(ctx, ["pointwise"], Request(), backend, seed, plot)
-
-
-def attention(ctx: typer.Context, backend: str = _BACKEND, seed: int | None = _SEED, plot: str | None = _PLOT) -> None:
+    """,
+)
+attention = _of(
+    "attention",
     """Causal attention.
 
     What titan picks, beside flash, cuDNN, memory-efficient and flex attention.
-    """
-    _run(ctx, ["attention"], Request(), backend, seed, plot)
+    """,
+)
 
 
 def everything(
@@ -101,11 +113,12 @@ def everything(
     shapes: list[str] = _SHAPES,
     imbalance: float = _SKEW,
     seed: int | None = _SEED,
+    save: str | None = _SAVE,
     plot: str | None = _PLOT,
 ) -> None:
     """All of the kernels above."""
     names = ["moe-gemm", "moe-layer", "permute", "quant", "fused-ce", "pointwise", "attention"]
-    _run(ctx, names, Request(shapes=read_shapes(shapes), imbalance=imbalance), "all", seed, plot)
+    _run(ctx, names, Request(shapes=read_shapes(shapes), imbalance=imbalance), _Ways("all", seed, save, plot))
 
 
 def collectives(
@@ -167,33 +180,41 @@ def _dtype(dtype: str) -> str:
     return dtype
 
 
-def _run(
-    ctx: typer.Context, names: list[str], request: Request, backend: str, seed: int | None, plot: str | None
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Ways:
+    """What every one of these commands takes."""
+
+    backend: str
+    seed: int | None
+    save: str | None
+    plot: str | None
+
+
+def _run(ctx: typer.Context, names: list[str], request: Request, ways: _Ways) -> None:
     no_flags(ctx)
     output = output_of(ctx)
-    backends = () if backend == "all" else tuple(word.strip() for word in backend.split(",") if word.strip())
-    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    backends = () if ways.backend == "all" else tuple(word.strip() for word in ways.backend.split(",") if word.strip())
+    seed = random.SystemRandom().randrange(1 << 32) if ways.seed is None else ways.seed
     request = dataclasses.replace(request, backends=backends, seed=seed)
-    if plot is not None:
+    if ways.plot is not None:
         from titan_core.jobs.bench.plot import check
 
-        check(plot)
+        check(ways.plot)
     from titan_cli.display import Display
     from titan_core.jobs.bench import run as job
 
     with Display(output) as display:
-        report = job.run(names, request, listener=display)
-    if plot is not None:
+        report = job.run(names, request, save=ways.save, listener=display)
+    if ways.plot is not None and report.rows:
         from titan_core.jobs.bench.plot import draw
 
-        draw(report, plot)
+        draw(report, ways.plot)
     data = dataclasses.asdict(report)
-    if not report.failures:
+    if not report.failures and not report.interrupted:
         output.result(_table(report, output), **data)
         return
     output.failed_checks(_table(report, output), **data)
-    raise typer.Exit(1)
+    raise typer.Exit(Interrupted.exit_code if report.interrupted else 1)
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -220,44 +241,58 @@ def _heading(report: Report) -> str:
         lines.append(
             "no GPU: shapes are reduced, titan's kernels run as their plain references, GPU-only peers are absent"
         )
+    if report.interrupted:
+        lines.append("interrupted: the cases below were measured, the others were not")
     return "\n".join(lines)
+
+
+# heading -> a row's number; a column that no row has is left out
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "ms": lambda row: _shown(row.seconds, 1e3, "10.4g"),
+    "±": lambda row: _shown(row.spread, 1e3, "8.2g"),
+    "host ms": lambda row: _shown(row.host_seconds, 1e3, "9.3g"),
+    "TFLOP/s": lambda row: _shown(row.tflops, 1, "9.3g"),
+    "GB/s": lambda row: _shown(row.gigabytes_per_second, 1, "8.3g"),
+    "roofline": lambda row: _shown(row.roofline, 1, "10.0%"),
+    "vs titan": lambda row: _shown(row.against_titan, 1, "9.2f", "x"),
+    "error": lambda row: _shown(row.error, 1, "10.1e"),
+    "MB": lambda row: _shown(row.peak_bytes, 1e-6, "8.0f"),
+}
+
+
+def _shown(value: float | None, factor: float, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value * factor:>{form}}{unit}"
 
 
 def _operation(rows: list[Row]) -> str:
     shapes = max(len("shape"), *(len(row.shape) for row in rows))
     names = max(len("backend"), *(len(row.backend) for row in rows))
     parts = max(len("pass"), *(len(row.part) for row in rows))
-    title = rows[0].operation + f" ({rows[0].dtype})"
+    timed = [row for row in rows if row.seconds is not None]
+    columns = {name: max(len(show(row)) for row in timed) for name, show in _COLUMNS.items() if any(map(show, timed))}
+    headings = "".join(f"{name:>{width}}" for name, width in columns.items())
     lines = [
-        title,
-        f"{'shape':<{shapes}}  {'pass':<{parts}}  {'backend':<{names}}{'ms':>10}{'±':>8}{'TFLOP/s':>10}{'GB/s':>8}"
-        f"{'roofline':>10}{'vs titan':>10}{'error':>10}{'MB':>8}",
+        f"{rows[0].operation} ({rows[0].dtype})",
+        f"{'shape':<{shapes}}  {'pass':<{parts}}  {'backend':<{names}}{headings}",
     ]
     before = ("", "")
     for row in rows:
         if row.verdict == "absent":
             continue
         case = (row.shape, row.part)
-        shown = ("", "") if case == before else (row.shape, row.part)
-        lines.append(f"{shown[0]:<{shapes}}  {shown[1]:<{parts}}  {row.backend:<{names}}{_numbers(row)}")
+        shown = ("", "") if case == before else case
+        numbers = "".join(f"{_COLUMNS[name](row):>{width}}" for name, width in columns.items())
+        said = numbers.rstrip() if row.seconds is not None else _not_timed(row)
+        lines.append(f"{shown[0]:<{shapes}}  {shown[1]:<{parts}}  {row.backend:<{names}}{said}")
         before = case
     absent = {row.backend: row.note for row in rows if row.verdict == "absent"}
     lines += [f"absent: {name} ({note})" for name, note in absent.items()]
     return "\n".join(lines)
 
 
-def _numbers(row: Row) -> str:
-    if row.seconds is None or row.spread is None:
-        error = "" if row.error is None else f", error {row.error:.1e} above {row.limit:.1e}"
-        return f"  {row.verdict}: {row.note}{error}"
-    tflops = "" if row.tflops is None else f"{row.tflops:.3g}"
-    gigabytes = "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.3g}"
-    roofline = "" if row.roofline is None else f"{row.roofline:.0%}"
-    against = "" if row.against_titan is None else f"{row.against_titan:.2f}x"
-    return (
-        f"{row.seconds * 1e3:>10.4g}{row.spread * 1e3:>8.2g}{tflops:>10}{gigabytes:>8}{roofline:>10}{against:>10}"
-        f"{row.error:>10.1e}{'' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.0f}':>8}"
-    ).rstrip()
+def _not_timed(row: Row) -> str:
+    error = "" if row.error is None or row.limit is None else f", error {row.error:.1e} above {row.limit:.1e}"
+    return f"  {row.verdict}: {row.note}{error}"
 
 
 def _collectives_table(report: CollectiveReport) -> str:

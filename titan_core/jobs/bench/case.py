@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titan_core.jobs.bench.roofline import Roofline
-from titan_core.jobs.bench.timing import Timer
+from titan_core.jobs.bench.timing import Timer, Timing
 
 # Largest relative error of a row, by what the results are rounded to: bf16 rounds by 2^-9 at most, 1.7e-3 rms, and what
 # is rounded twice on the way by some more. float8 inputs are given as they are to everyone: only the result is rounded.
@@ -59,8 +60,8 @@ class Row:
     """What one backend did with one case.
 
     `error` is the largest relative error of a row of the result. Only what is right has a time; `roofline` is the share
-    of the measured ceiling, `against_titan` this backend's time over titan's. `peak_bytes` is what one call allocates
-    on a GPU at most, its result included; not known on a CPU.
+    of the measured ceiling, `against_titan` this backend's time over titan's. On a GPU `host_seconds` is what the host
+    takes to launch a call, and `peak_bytes` what one call allocates at most, its result included.
     """
 
     operation: str
@@ -74,6 +75,7 @@ class Row:
     limit: float | None = None
     seconds: float | None = None
     spread: float | None = None
+    host_seconds: float | None = None
     tflops: float | None = None
     gigabytes_per_second: float | None = None
     roofline: float | None = None
@@ -82,61 +84,63 @@ class Row:
 
 
 def run_case(case: Case, timer: Timer, roofline: Roofline, only: Sequence[str]) -> list[Row]:
-    """Check and time every backend of a case; `only` names the backends, none means all."""
+    """Check every backend of a case, and time those that are right, in turns; `only` names them, none means all."""
     inputs = case.inputs()
     truth = case.reference(inputs)
+    names = sorted(case.backends, key=lambda name: name != OWN)  # titan first: the others are compared with it
+    checked = {
+        name: _check(case, name, inputs, truth, timer.device) for name in names if not only or name in (OWN, *only)
+    }
+    right = {name: call for name, (_, call) in checked.items() if call is not None}
+    timings = dict(zip(right, timer.race(list(right.values())), strict=True))
+    own = timings.get(OWN)
     rows: list[Row] = []
-    own: float | None = None
-    for name in sorted(case.backends, key=lambda name: name != OWN):  # titan first: the others are compared with it
-        if only and name not in only and name != OWN:
+    for name, (row, _) in checked.items():
+        if only and name not in only:
             continue
-        row = _run_backend(case, name, inputs, truth, timer, roofline, own)
-        own = row.seconds if name == OWN else own
-        if not only or name in only:
-            rows.append(row)
+        timing = timings.get(name)
+        if isinstance(timing, Exception):
+            row = dataclasses.replace(row, verdict="failed", note=_in_a_line(timing))
+        elif timing is not None:
+            row = _timed(row, case, timing, roofline, own.seconds if isinstance(own, Timing) else None)
+        rows.append(row)
     return rows
 
 
-def _run_backend(
-    case: Case, name: str, inputs: Any, truth: Sequence[Tensor], timer: Timer, roofline: Roofline, own: float | None
-) -> Row:
+def _check(
+    case: Case, name: str, inputs: Any, truth: Sequence[Tensor], device: torch.device
+) -> tuple[Row, Call | None]:
+    """Return what is known before timing, and the call to time, or none."""
     limit = case.limit or LIMITS[case.dtype]
-    about: dict[str, Any] = {
-        "operation": case.operation,
-        "shape": case.shape,
-        "part": case.part,
-        "dtype": case.dtype,
-        "backend": name,
-    }
+    row = Row(case.operation, case.shape, case.part, case.dtype, name, "wrong", limit=limit)
     try:
         prepared = case.backends[name](inputs)
         prepared = prepared if isinstance(prepared, Prepared) else Prepared(prepared)
-        _poison(truth, timer.device)
-        found, peak = _peak_of(prepared.call, timer.device)
+        _poison(truth, device)
+        found, peak = _peak_of(prepared.call, device)
         found = prepared.result(found)
         found = [found] if isinstance(found, Tensor) else list(found)
         error = max(worst_row(x, y) for x, y in zip(found, truth, strict=True))
-        del found
-        if not error <= limit:  # NaN is wrong too
-            return Row(**about, verdict="wrong", error=error, limit=limit, note="not timed")
-        timing = timer.time(prepared.call)
     except Absent as absent:
-        return Row(**about, verdict="absent", note=str(absent))
+        return dataclasses.replace(row, verdict="absent", note=str(absent), limit=None), None
     except Exception as error:  # any way in which someone else's code may fail is that backend's answer
-        return Row(**about, verdict="failed", note=f"{type(error).__name__}: {_first_line(error)}")
+        return dataclasses.replace(row, verdict="failed", note=_in_a_line(error), limit=None), None
+    if not error <= limit:  # NaN is wrong too
+        return dataclasses.replace(row, error=error, note="not timed"), None
+    return dataclasses.replace(row, verdict="right", error=error, peak_bytes=peak), prepared.call
+
+
+def _timed(row: Row, case: Case, timing: Timing, roofline: Roofline, own: float | None) -> Row:
     floor = roofline.floor_seconds(case.flops, case.moved, case.dtype)
-    return Row(
-        **about,
-        verdict="right",
-        error=error,
-        limit=limit,
+    return dataclasses.replace(
+        row,
         seconds=timing.seconds,
         spread=timing.spread,
+        host_seconds=timing.host,
         tflops=case.flops / timing.seconds / 1e12 if case.flops else None,
         gigabytes_per_second=case.moved / timing.seconds / 1e9,
         roofline=None if floor is None else floor / timing.seconds,
-        against_titan=timing.seconds / own if own else (1.0 if name == OWN else None),
-        peak_bytes=peak,
+        against_titan=timing.seconds / own if own else None,
     )
 
 
@@ -150,8 +154,8 @@ def _peak_of(call: Call, device: torch.device) -> tuple[Any, int | None]:
     return found, torch.cuda.max_memory_allocated(device) - before
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def worst_row(found: Tensor, truth: Tensor) -> float:

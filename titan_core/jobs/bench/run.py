@@ -12,6 +12,7 @@ import torch
 
 from titan_core.jobs.bench.case import OWN, Case, Row, run_case
 from titan_core.jobs.bench.inputs import Draw
+from titan_core.jobs.bench.record import Record, check
 from titan_core.jobs.bench.request import Request
 from titan_core.jobs.bench.roofline import Roofline, measure
 from titan_core.jobs.bench.timing import Timer
@@ -32,7 +33,8 @@ OPERATIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Rows, and what they were measured on. `reduced` says that the shapes are a CPU's, not those asked for."""
+    """Rows, and what they were measured on. `reduced` says that the shapes are a CPU's, not those asked for;
+    `interrupted`, that some cases were not reached."""
 
     device: str
     torch: str
@@ -41,6 +43,7 @@ class Report:
     seed: int
     roofline: Roofline
     rows: list[Row]
+    interrupted: bool = False
 
     @property
     def failures(self) -> list[Row]:
@@ -48,11 +51,21 @@ class Report:
         return [row for row in self.rows if row.backend == OWN and row.verdict in ("wrong", "failed")]
 
 
-def run(names: Sequence[str], request: Request, *, budget: float | None = None, listener: Listener = silent) -> Report:
+def run(
+    names: Sequence[str],
+    request: Request,
+    *,
+    budget: float | None = None,
+    save: str | None = None,
+    listener: Listener = silent,
+) -> Report:
     """Check and time the named operations on this machine's GPU, or, where there is none, on its CPU at reduced shapes.
 
-    `budget` is how many seconds the timed calls of one backend and case may take.
+    `budget` is how many seconds the timed calls of one backend and case may take. What is measured is appended to the
+    file `save` as it comes. An interrupt ends the measuring, and what was measured is returned.
     """
+    if save is not None:
+        check(save)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     request = request if gpu else dataclasses.replace(request, reduced=True)
@@ -65,11 +78,18 @@ def run(names: Sequence[str], request: Request, *, budget: float | None = None, 
     timer = Timer(device, budget if budget is not None else 0.3 if gpu else 0.2)
     listener(Note("measuring what this device can do"))
     roofline = measure(timer, {"bf16", request.dtype})
-    rows: list[Row] = []
-    for case in cases:
-        listener(Note(f"{case.operation} {case.shape} {case.part} {case.dtype}"))
-        rows += run_case(case, timer, roofline, request.backends)
-    return Report(roofline.device, torch.__version__, _version("triton"), request.reduced, request.seed, roofline, rows)
+    report = Report(roofline.device, torch.__version__, _version("triton"), request.reduced, request.seed, roofline, [])
+    with Record(save) as record:
+        record.add(report)
+        try:
+            for case in cases:
+                listener(Note(f"{case.operation} {case.shape} {case.part} {case.dtype}"))
+                rows = run_case(case, timer, roofline, request.backends)
+                record.add(*rows)
+                report.rows.extend(rows)
+        except KeyboardInterrupt:
+            return dataclasses.replace(report, interrupted=True)
+    return report
 
 
 def _cases(name: str) -> Callable[[Request, Draw], Iterator[Case]]:
