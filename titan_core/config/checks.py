@@ -205,8 +205,9 @@ def _layout(config: Config, world_size: int) -> Iterator[Problem]:
     try:
         layout = Layout.of(config.parallelism, world_size)
     except UsageError as error:
-        key = "parallelism.data_parallel_shard_degree"
-        yield Problem(_degree(config, key), error.message, tip=error.tip)
+        named = error.where in fields()  # else it is about all degrees
+        key = error.where if named and error.where else _degree(config, "parallelism.data_parallel_shard_degree")
+        yield Problem(key, error.message, tip=error.tip)
         return
     unit = config.training.local_batch_size * layout.dp
     rows = config.training.global_batch_size

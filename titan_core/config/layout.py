@@ -46,10 +46,11 @@ class Layout:
         layout = Layout(**asked, ep=config.expert_parallel_degree, etp=config.expert_tensor_parallel_degree)
         if layout.world_size != world_size:
             near = " or ".join(f"`{n}`" for n in itertools.islice(_nearest(layout, world_size), 2))
+            more = f", or start {_ranks(layout.world_size)}" if layout.world_size > world_size else ""
             raise UsageError(
-                f"{world_size} ranks do not divide into {_product(config)}",
+                f"{_ranks(world_size)} do{'es' * (world_size == 1)} not divide into {_product(config)}",
                 where="parallelism",
-                tip=f"try {near}; a data_parallel_shard_degree of -1 takes the ranks that are left",
+                tip=f"try {near}{more}; a data_parallel_shard_degree of -1 takes the ranks that are left",
             )
         layout.check_experts()
         return layout
@@ -68,10 +69,14 @@ class Layout:
         if over % self.ep or (self.routed_by_parts and self.ep % self.tp):
             fits = [n for n in range(1, over + 1) if over % n == 0 and not (self.routed_by_parts and n % self.tp)]
             parts = f"shards x context{' x tensor' if self.routed_by_parts else ''}"
+            more = self.world_size * (self.ep // math.gcd(over, self.ep))
+            start = (
+                f", or start {_ranks(more)}" if more > self.world_size and self.ep % (over // self.fsdp) == 0 else ""
+            )
             raise UsageError(
-                f"experts over {self.ep} ranks: {parts} are {over} ranks, which do not divide so",
+                f"experts are split over the ranks of {parts}; these are {over}, and {self.ep} does not divide them",
                 where="parallelism.expert_parallel_degree",
-                tip=f"try {' or '.join(map(str, fits[-3:]))}",
+                tip=f"try {' or '.join(map(str, fits[-3:]))}{start}",
             )
 
     @property
@@ -116,6 +121,10 @@ class Layout:
         if self.ep > 1:
             parts.append(f"expert {self.ep}")
         return " x ".join(parts) or "one device"
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number != 1)}"
 
 
 def _product(config: Parallelism) -> str:
