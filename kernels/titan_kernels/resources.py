@@ -33,6 +33,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def top_k(num_tokens: int = TOKENS) -> None:
+    """Launch the choice of 8 of 256 experts, and of the best two in groups of 32."""
+    from titan_kernels import top_k_kernels as kernels
+
+    kernels.top_k(empty(num_tokens, 256, dtype=torch.float32), 8)
+    kernels.top_k(empty(num_tokens * 8, 32, dtype=torch.float32), 2)
+
+
 def permutation(num_tokens: int = TOKENS) -> None:
     """Launch placement, scatter and combination with their gradients."""
     from titan_kernels import permutation_kernels as kernels
@@ -144,6 +152,7 @@ def all_to_all(num_rows: int = ROWS) -> None:
 
 # What is compiled: a name, the launches, and the first architecture that has what they need.
 CASES: tuple[tuple[str, Callable[[], None], int], ...] = (
+    ("top_k", top_k, 80),
     ("permutation", permutation, 80),
     ("grouped_gemm bf16", partial(grouped_gemm, torch.bfloat16), 80),
     ("grouped_gemm fp32", partial(grouped_gemm, torch.float32), 80),

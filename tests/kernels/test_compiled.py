@@ -64,6 +64,6 @@ def test_the_copy_engine_writes_what_the_matrix_units_computed(case: str) -> Non
 
 def test_importing_titan_kernels_loads_no_triton() -> None:
     modules = "contiguous, expert_mlp, fp8_grouped_gemm, grouped_gemm, inspection, permutation, quant, resources"
-    modules += ", all_to_all, linear_cross_entropy, rms_norm, rotary"
+    modules += ", all_to_all, linear_cross_entropy, rms_norm, rotary, top_k"
     code = f"import sys\nfrom titan_kernels import {modules}\nassert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,6 +14,7 @@ from titan_kernels.permutation import (
     reference_unpermute,
     unpermute,
 )
+from titan_kernels.top_k import top_k
 
 from tests.kernels.routing import EXACT, TOLERANCE, distance
 from tests.kernels.test_permutation import check, routings
@@ -45,14 +46,14 @@ def test_each_assignment_has_one_row_in_its_experts_region(
 def test_nothing_waits_for_the_device(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("only a GPU can be waited for")
-    experts = torch.randint(-1, 6, (30, 3), device=device)
+    scores = torch.randn(30, 5, device=device)
     x = torch.randn(30, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     weights = torch.rand(30, 3, device=device, requires_grad=True)
     gate = torch.randn(5, 32, 64, device=device, dtype=x.dtype, requires_grad=True)
     down = torch.randn(5, 64, 32, device=device, dtype=x.dtype, requires_grad=True)
 
     def layer() -> None:
-        placement = place(experts, 5, 16)
+        placement = place(top_k(scores, 3), 5, 16)
         rows = expert_mlp(permute(x, placement), gate, gate, down, placement.ends_E)
         (unpermute(rows, placement, weights) + routed_mlp(x, placement, weights, gate, gate, down)).sum().backward()
         fp8_grouped_linear(rows.detach(), gate, placement.ends_E)

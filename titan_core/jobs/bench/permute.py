@@ -1,4 +1,4 @@
-"""Bringing the rows of each expert together, and back.
+"""Choosing experts, bringing the rows of each together, and back.
 
 Shape letters: T tokens, K experts chosen a token, E experts, R = T * K rows, D width.
 """
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from titan_core.jobs.bench import passes
-from titan_core.jobs.bench.case import OWN, Absent, Call, Case
+from titan_core.jobs.bench.case import OWN, Absent, Call, Case, Prepared
 from titan_core.jobs.bench.inputs import Draw
 from titan_core.jobs.bench.request import Request
 
 # (tokens, experts, choices, width): DeepSeek-V3, Qwen3 30B, Llama 4 Scout
 SHAPES = ((8192, 256, 8, 7168), (32768, 128, 8, 2048), (16384, 16, 1, 5120))
 REDUCED = ((301, 16, 4, 100),)
-PARTS = ("place", "permute", "unpermute", "unpermute-bwd")
+PARTS = ("choose", "place", "permute", "unpermute", "unpermute-bwd")
 
 
 @dataclass(frozen=True)
 class _Operands:
+    scores_TE: Tensor
     experts_TK: Tensor
     weights_TK: Tensor
     x_TD: Tensor
@@ -34,7 +35,7 @@ class _Operands:
 
 
 def cases(request: Request, draw: Draw) -> Iterator[Case]:
-    """Give the four parts at every shape."""
+    """Give the five parts at every shape."""
     for shape in REDUCED if request.reduced else SHAPES:
         for part in PARTS:
             yield _case(shape, part, draw)
@@ -43,19 +44,22 @@ def cases(request: Request, draw: Draw) -> Iterator[Case]:
 def _case(shape: tuple[int, int, int, int], part: str, draw: Draw) -> Case:
     tokens, experts, choices, width = shape
     rows = tokens * choices
-    # place reads ids (int64) and writes two tables (int32); permute reads tokens and writes rows, unpermute in reverse;
-    # its backward reads gradients of tokens and rows, and writes those of rows and weights
+    # choose reads scores (fp32) and writes ids (int64); place reads ids and writes two tables (int32); permute reads
+    # tokens and writes rows, unpermute in reverse; its backward reads gradients of tokens and rows, and writes those of
+    # rows and weights
     moved = {
+        "choose": 4.0 * tokens * experts + 8.0 * rows,
         "place": 16.0 * rows,
         "permute": 2.0 * (tokens + rows) * width + 4.0 * rows,
         "unpermute": 2.0 * (tokens + rows) * width + 4.0 * rows,
         "unpermute-bwd": 2.0 * (tokens + 2 * rows) * width + 12.0 * rows,
     }[part]
+    choose = part == "choose"
     return Case(
         operation="permute",
         shape=f"{tokens}x{width} E={experts} K={choices}",
         part=part,
-        dtype="bf16",
+        dtype="fp32" if choose else "bf16",
         flops=0.0,
         moved=moved,
         inputs=lambda: _operands(shape, draw),
@@ -65,6 +69,7 @@ def _case(shape: tuple[int, int, int, int], part: str, draw: Draw) -> Case:
             "torch": lambda operands: _torch(part, operands),
             "compile": lambda operands: _compiled(part, operands),
         },
+        limit=1e-12 if choose else None,  # nothing is computed: the scores must be those of the best
     )
 
 
@@ -74,7 +79,7 @@ def _operands(shape: tuple[int, int, int, int], draw: Draw) -> _Operands:
     chosen = scores.topk(choices, -1).indices
     weights = draw.normal(tokens, choices, dtype=torch.float32).softmax(-1)
     x, rows, grad = (draw.normal(number, width) for number in (tokens, tokens * choices, tokens))
-    return _Operands(chosen, weights, x, rows, grad, experts)
+    return _Operands(scores, chosen, weights, x, rows, grad, experts)
 
 
 # ------------------------------------------------------------------------------------------------ the truth
@@ -83,6 +88,10 @@ def _operands(shape: tuple[int, int, int, int], draw: Draw) -> _Operands:
 def _order(o: _Operands) -> Tensor:
     """Return the assignments (t * K + k) by expert, and within an expert as they come."""
     return o.experts_TK.flatten().argsort(stable=True)
+
+
+def _true_choice(o: _Operands) -> Sequence[Tensor]:
+    return [o.scores_TE.double().sort(dim=-1, descending=True).values[:, : o.experts_TK.shape[1]]]
 
 
 def _true_place(o: _Operands) -> Sequence[Tensor]:
@@ -110,6 +119,7 @@ def _true_unpermute_backward(o: _Operands) -> Sequence[Tensor]:
 
 
 _TRUTHS: Mapping[str, Callable[[Any], Sequence[Tensor]]] = {
+    "choose": _true_choice,
     "place": _true_place,
     "permute": _true_permute,
     "unpermute": _true_unpermute,
@@ -120,9 +130,24 @@ _TRUTHS: Mapping[str, Callable[[Any], Sequence[Tensor]]] = {
 # ------------------------------------------------------------------------------------------------ who computes it
 
 
-def _titan(part: str, o: _Operands) -> Call:
-    from titan_kernels.permutation import permute, place, unpermute
+def _best(scores_TE: Tensor, k: int) -> Tensor:
+    return scores_TE.topk(k, -1, sorted=False).indices
 
+
+def _choice(choose: Callable[[Tensor, int], Tensor], o: _Operands) -> Prepared:
+    """Return a choice whose scores are checked: which of equal experts it is, and in which order, is everyone's own."""
+    return Prepared(
+        lambda: choose(o.scores_TE, o.experts_TK.shape[1]),
+        lambda chosen: o.scores_TE.gather(1, chosen).sort(dim=-1, descending=True).values,
+    )
+
+
+def _titan(part: str, o: _Operands) -> Call | Prepared:
+    from titan_kernels.permutation import permute, place, unpermute
+    from titan_kernels.top_k import top_k
+
+    if part == "choose":
+        return _choice(top_k, o)
     if part == "place":
 
         def call() -> list[Tensor]:
@@ -142,8 +167,10 @@ def _titan(part: str, o: _Operands) -> Call:
     return passes.backward(weighted, passes.Operands([o.rows_RD, o.weights_TK], [], o.grad_TD))
 
 
-def _torch(part: str, o: _Operands) -> Call:
+def _torch(part: str, o: _Operands) -> Call | Prepared:
     """A stable sort, a gather, and an atomic sum, as a model without kernels of its own does it."""
+    if part == "choose":
+        return _choice(_best, o)
     choices = o.experts_TK.shape[1]
     if part == "place":
 
@@ -169,8 +196,10 @@ def _torch(part: str, o: _Operands) -> Call:
     return sum_up
 
 
-def _compiled(part: str, o: _Operands) -> Call:
+def _compiled(part: str, o: _Operands) -> Call | Prepared:
     """The best that the compiler is given: gathers only, no atomic sum, and each part in one piece."""
+    if part == "choose":
+        return _choice(passes.compiled(_best), o)
     if part == "place":
         raise Absent("torch compiles no sort: the same as `torch`")
     order, choices = _order(o), o.experts_TK.shape[1]
