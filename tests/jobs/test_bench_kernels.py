@@ -278,14 +278,14 @@ def test_bytes_of_what_multiplies_nothing() -> None:
     moved = {(case.operation, case.part): case.moved for case in pointwise.cases(QUICK, draw())}
     assert moved["rms-norm", "fwd"] == 2 * 2 * 250 * 1000
     assert moved["rms-norm", "bwd"] == 2 * 3 * 250 * 1000
-    choice, place, forth, back, slopes = permute.cases(QUICK, draw())
+    place, forth, back, slopes, choice = permute.cases(QUICK, draw())
     assert choice.moved == 4 * 301 * 16 + 8 * 301 * 4
     assert place.moved == 16 * 301 * 4
     assert forth.moved == back.moved == 2 * (301 + 301 * 4) * 100 + 4 * 301 * 4
     assert slopes.moved == 2 * (301 + 2 * 301 * 4) * 100 + 12 * 301 * 4
 
 
-@pytest.mark.parametrize("part", ["choose", "permute", "unpermute", "unpermute-bwd"])
+@pytest.mark.parametrize("part", ["permute", "unpermute", "unpermute-bwd", "choose"])
 def test_what_compiled_peers_of_permute_compute_is_right(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     monkeypatch.setattr(passes, "compiled", lambda function: function)
     (case,) = (case for case in permute.cases(QUICK, draw()) if case.part == part)

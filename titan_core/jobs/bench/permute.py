@@ -1,4 +1,4 @@
-"""Choosing experts, bringing the rows of each together, and back.
+"""Bringing the rows of each expert together, and back; before that, choosing the experts.
 
 Shape letters: T tokens, K experts chosen a token, E experts, R = T * K rows, D width.
 """
@@ -20,7 +20,7 @@ from titan_core.jobs.bench.request import Request
 # (tokens, experts, choices, width): DeepSeek-V3, Qwen3 30B, Llama 4 Scout
 SHAPES = ((8192, 256, 8, 7168), (32768, 128, 8, 2048), (16384, 16, 1, 5120))
 REDUCED = ((301, 16, 4, 100),)
-PARTS = ("choose", "place", "permute", "unpermute", "unpermute-bwd")
+PARTS = ("place", "permute", "unpermute", "unpermute-bwd", "choose")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def _case(shape: tuple[int, int, int, int], part: str, draw: Draw) -> Case:
     choose = part == "choose"
     return Case(
         operation="permute",
-        shape=f"{tokens}x{width} E={experts} K={choices}",
+        shape=f"{tokens}x{experts} fp32 K={choices}" if choose else f"{tokens}x{width} E={experts} K={choices}",
         part=part,
         dtype="fp32" if choose else "bf16",
         flops=0.0,
