@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "_TITAN_COMPLETE"
-_WITH_CONFIG = {("train",), ("config", "show"), ("validate", "config"), ("validate", "data"), ("data", "encode-flux")}
+_WITH_CONFIG = {
+    ("train",),
+    ("estimate-flops",),
+    ("config", "show"),
+    ("validate", "config"),
+    ("validate", "data"),
+    ("data", "encode-flux"),
+}
 _WITH_RECIPE = _WITH_CONFIG | {("config", "diff")}
 _COLORS = ("auto", "always", "never")
 _WORDS = {"--resume": ("auto", "never"), "--nproc": ("auto",), "--device": ("cpu", "cuda")}

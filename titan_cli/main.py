@@ -33,6 +33,7 @@ COMMANDS = {
     "validate": ("titan_cli.commands.validate", "Check a config, checkpoint or data; measure loss"),
     "config": ("titan_cli.commands.config", "Show, compare and explain configs"),
     "generate": ("titan_cli.commands.generate", "Generate text or images with a trained model"),
+    "estimate-flops": ("titan_cli.commands.estimate_flops", "FLOPs, memory and time of a run, before it is paid for"),
     "bench": ("titan_cli.commands.bench", "Measure kernels, collectives, steps and saves"),
     "bench-kernels": ("titan_cli.commands.bench", "The same as bench"),
     "plot": ("titan_cli.commands.plot", "Draw the loss curves of runs"),

@@ -69,7 +69,7 @@ def rank_memory(
     offload = training.enable_cpu_offload
     held, whole = store * -(-total // layout.fsdp), 0
     gathered = compute * total if compute != store else 0
-    rows, steps = _rows_and_microbatches(config, layout)
+    rows, steps = microbatches(config, layout)
     if layout.fsdp > 1 or offload:
         frees = config.parallelism.fsdp_reshard_after_forward != "never" and layout.pp == 1
         mixed = sum(p.numel for p in blocks if p.role == "expert") // max(num_blocks, 1)
@@ -100,7 +100,7 @@ def rank_memory(
     )
 
 
-def _rows_and_microbatches(config: Config, layout: Layout) -> tuple[int, int]:
+def microbatches(config: Config, layout: Layout) -> tuple[int, int]:
     """Return the rows of a microbatch, and how many of them a rank computes a step."""
     rows = config.training.local_batch_size
     steps = max(1, config.training.global_batch_size // (rows * layout.dp))

@@ -165,6 +165,9 @@ class _Step:
         batch = Cutter(self.mesh.layout, self.mesh.at["cp"], method)(self.kind.blank(self.rows))
         for last in [False, True][-min(2, self.count) :]:
             for stage, part in zip(laid.stages, laid.parts, strict=True):
+                if self.mesh.layout.pp > 1 and stage.kind == "fsdp":  # a pipeline keeps what it gathered for a step
+                    module: Any = stage.module
+                    module.set_reshard_after_backward(last)
                 with stage.accumulate(last):
                     self._forward_backward(stage.module, part.cut, batch, ledger)
             if not last:
