@@ -427,8 +427,9 @@ def test_recipes_have_a_description_and_are_valid(name: str) -> None:
     assert check(load(name)) == []
 
 
-def test_plan_of_a_recipe_is_one_object(capsys) -> None:
-    words = ("train", "llama3_debugmodel", "--dry-run", "--nproc", "8", "--json")  # all are planned in tests of plans
+@pytest.mark.parametrize("how", ["--dry-run", "--memory_estimation.enable"])
+def test_plan_of_a_recipe_is_one_object(how: str, capsys) -> None:
+    words = ("train", "llama3_debugmodel", how, "--nproc", "8", "--json")  # all are planned in tests of plans
     code, out, _ = apart(lambda: call(*words, capsys=capsys))
     assert code == 0
     assert json.loads(out)["parameters"] > 1_000_000

@@ -105,7 +105,7 @@ def test_a_rule_that_is_broken_is_named_with_its_flag(name: str) -> None:
 
 
 def test_what_is_not_supported_yet_is_one_problem_with_every_place() -> None:
-    words = ["optimizer.early_step_in_backward", "memory_estimation.enable", "fault_tolerance.enable"]
+    words = ["optimizer.early_step_in_backward", "job.custom_config_module=x", "fault_tolerance.enable"]
     (found,) = check(load(None, flags(words)))
     for word in words:
         assert f"(--{word.partition('=')[0]})" in found.message

@@ -77,6 +77,7 @@ def train(
         output.warn(ranks.note)
     seconds = _seconds(grace)
     check_allowed(allow_change)
+    dry_run = dry_run or resolved.config.memory_estimation.enable
     if world_size is not None and not dry_run:
         raise UsageError("--world-size says how many ranks --dry-run plans for", tip="start ranks with --nproc N")
     problems = precheck.run(resolved, world_size or ranks.world_size)

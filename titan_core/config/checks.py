@@ -20,7 +20,7 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "optimizer.early_step_in_backward": (False,),
     "job.custom_config_module": ("",),
     "experimental.custom_args_module": ("",),
-    "memory_estimation.enable": (False,),
+    "memory_estimation.disable_fake_mode": (False,),
     "fault_tolerance.enable": (False,),
     "fault_tolerance.semi_sync_method": (None,),
 }

@@ -455,10 +455,10 @@ class Comm:
 
 @dataclass(frozen=True)
 class MemoryEstimation:
-    """Estimate instead of training (see also `titan train --dry-run`)."""
+    """Plan instead of training."""
 
     enable: bool = False
-    """Estimate and stop."""
+    """Plan a step on ranks that are not there, print what it takes, and stop: the same as `--dry-run`."""
     disable_fake_mode: bool = False
     """Estimate with real tensors."""
 
