@@ -22,7 +22,7 @@ def estimate(config, shards: int = 1) -> Memory:
     return rank_memory(
         config,
         family.parameters(sizes),
-        sizes.n_layers,
+        family.attentions(sizes),
         sizes.vocab_size,
         Layout(dp_replicate=replicas, dp_shard=shards),
     )
@@ -97,7 +97,7 @@ def test_a_tied_table_lies_in_two_stages(tmp_path) -> None:
     config = tiny(tmp_path, **{"model.args.tied": True, "parallelism__pipeline_parallel_degree": 2}).config
     family, sizes = resolve(config.model)
     parameters = family.parameters(sizes)
-    two, one = (rank_memory(config, parameters, 2, 2048, Layout(pp=pp)).weights for pp in (2, 1))
+    two, one = (rank_memory(config, parameters, family.attentions(sizes), 2048, Layout(pp=pp)).weights for pp in (2, 1))
     assert two == (one + 4 * 2048 * sizes.dim) // 2
 
 

@@ -11,6 +11,7 @@ from tests.runs import TINY
 from titan_core.config.layout import Layout
 from titan_core.config.load import Resolved, load
 from titan_core.estimation.devices import Device, device, names
+from titan_core.estimation.memory import rank_memory
 from titan_core.estimation.step_time import WHILE_COMPUTING, step_time
 from titan_core.estimation.traffic import Traffic, traffic
 from titan_core.jobs import plan
@@ -88,6 +89,20 @@ def test_a_pipeline_gathers_once_a_step() -> None:
     rest = counted.fsdp - 2 * 4 * block  # half of what lies outside the blocks
     assert rest == 4 * (2 * embedding + sizes.dim)
     assert counted.pipeline == 8 * 2 * 4 * 32 * 32  # a microbatch of one sequence, forth and back
+
+
+@pytest.mark.parametrize("recipe", ["llama3_8b", "qwen3_30b_a3b", "deepseek_v3_16b"])
+def test_memory_is_near_what_the_engine_holds(recipe: str) -> None:
+    words = {"model.args.n_layers": "6", "activation_checkpoint.mode": "none"}
+    resolved = load(recipe, list(words.items()))
+    (rank,) = apart(lambda: plan.run(resolved, 8, "cuda").ranks)
+    family, sizes = resolve(resolved.config.model)
+    layout, lengths = Layout.of(resolved.config.parallelism, 8), family.lengths(resolved.config)
+    found = rank_memory(
+        resolved.config, family.parameters(sizes), family.attentions(sizes), sizes.vocab_size, layout, lengths
+    )
+    assert found.activations == pytest.approx(rank["activations"], rel=0.12)
+    assert found.total == pytest.approx(rank["peak"], rel=0.12)
 
 
 def test_time_is_computing_waiting_and_what_is_not_hidden() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from titan_core.config.layout import Layout
 from titan_core.config.schema import Config
-from titan_core.declare.parameters import Parameter
+from titan_core.declare.parameters import Attention, Parameter
 
 GIB = 1 << 30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -42,7 +42,7 @@ class Memory:
 def rank_memory(
     config: Config,
     parameters: Sequence[Parameter],
-    num_blocks: int,
+    attentions: Sequence[Attention],
     vocab_size: int,
     layout: Layout,
     lengths: Mapping[str, int] | None = None,
@@ -56,7 +56,7 @@ def rank_memory(
     it does not free them; and between the microbatches of a step it keeps the gradient of every parameter whole.
     `lengths` are the rows of each kind that a sample has; without them, `training.seq_len` tokens.
     """
-    training = config.training
+    training, num_blocks = config.training, len(attentions)
     own = [p for p in parameters if p.tied_to is None]
     blocks = [p for p in own if p.role not in ("embedding", "output")]
     used_again = {p.tied_to for p in parameters} if layout.pp > 1 else set()
@@ -81,7 +81,7 @@ def rank_memory(
     tokens = rows * stream // layout.cp
     width = next(p.shape[-1 if p.role == "embedding" else 0] for p in own if p.role in ("embedding", "input"))
     met = {p.name: sum(lengths[kind] for kind in p.per) / stream for p in blocks}
-    per_block = compute * tokens * _block_width(blocks, width, met) // max(num_blocks, 1) // layout.tp
+    per_block = compute * tokens * _block_width(blocks, attentions, width, met) // max(num_blocks, 1) // layout.tp
     split = layout.tp if config.parallelism.enable_sequence_parallel else 1
     in_flight = (
         1 if layout.pp == 1 else steps if config.parallelism.pipeline_parallel_schedule == "GPipe" else layout.pp
@@ -110,14 +110,21 @@ def microbatches(config: Config, layout: Layout) -> tuple[int, int]:
     return micro, steps * max(1, rows // micro)
 
 
-def _block_width(blocks: Sequence[Parameter], width: int, met: Mapping[str, float]) -> int:
+def _block_width(
+    blocks: Sequence[Parameter], attentions: Sequence[Attention], width: int, met: Mapping[str, float]
+) -> int:
     """Return how many numbers all blocks save for a token: what comes out of the matmuls and the norms, and what goes
-    into the matmuls that write to the residual stream. Square ones count as such, on the side of too much. `met` is
-    the share of the tokens that meet a parameter."""
+    into the matmuls that write to the residual stream. Square ones count as such, on the side of too much; so do rows
+    that are brought together for experts, which titan's own kernels gather on the way. Keys of latent attention are put
+    together out of what was multiplied. `met` is the share of the tokens that meet a parameter."""
     matrices = [(p.shape[-2], p.shape[-1], _times(p) * met[p.name]) for p in blocks if len(p.shape) > 1]
-    norms = sum(p.shape[0] * met[p.name] for p in blocks if p.role == "norm")
+    heads = {a.qk_dim: (a.num_heads + a.num_kv_heads) / 2 for a in attentions}  # a norm of queries, one of keys
+    norms = sum(p.shape[0] * heads.get(p.shape[0], 1) * met[p.name] for p in blocks if p.role == "norm")
     outs = sum(out * times for out, _, times in matrices)
-    return round(outs + norms + sum(into * times for out, into, times in matrices if out == width))
+    rows = {p.name.rsplit(".", 2)[0]: width * _times(p) for p in blocks if p.role == "expert"}
+    keys = sum(a.num_heads * a.qk_dim for a in attentions if a.cached is not None)
+    into_stream = sum(into * times for out, into, times in matrices if out == width)
+    return round(outs + norms + into_stream + sum(rows.values()) + keys)
 
 
 def _times(parameter: Parameter) -> float:

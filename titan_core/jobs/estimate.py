@@ -106,8 +106,8 @@ def tokens_per_step(config: Config, family: Family, layout: Layout) -> int:
 
 
 def _memory(config: Config, family: Family, sizes: Any, layout: Layout) -> Memory:
-    vocab, blocks = getattr(sizes, "vocab_size", 0), len(family.attentions(sizes))
-    return rank_memory(config, family.parameters(sizes), blocks, vocab, layout, family.lengths(config))
+    parameters, attentions, lengths = family.parameters(sizes), family.attentions(sizes), family.lengths(config)
+    return rank_memory(config, parameters, attentions, getattr(sizes, "vocab_size", 0), layout, lengths)
 
 
 # ------------------------------------------------------------------------------------------------ what fits

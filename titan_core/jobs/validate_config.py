@@ -135,8 +135,8 @@ def _pictures(resolved: Resolved) -> bool:
 def _memory(resolved: Resolved, world_size: int) -> str:
     config = resolved.config
     family, sizes = resolve(config.model)
-    blocks, layout = len(family.attentions(sizes)), Layout.of(config.parallelism, world_size)
+    layout = Layout.of(config.parallelism, world_size)
     vocab, lengths = getattr(sizes, "vocab_size", 0), family.lengths(config)
-    memory = rank_memory(config, family.parameters(sizes), blocks, vocab, layout, lengths)
+    memory = rank_memory(config, family.parameters(sizes), family.attentions(sizes), vocab, layout, lengths)
     parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in memory.parts().items())
     return f"about {memory.total / GIB:.2f} GiB a rank: {parts}"
