@@ -20,11 +20,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sample", type=int, default=1, help="run every n-th case of a test that has many, and the first")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Make this process one that may be forked at any time, in whatever order the tests come.
+
+    The first backward of a process decides whether autograd starts threads for devices, after which no fork of it can run
+    a backward. It starts them for GPUs, and once fake tensors were used it believes in eight. So it runs here, where there
+    is none; tests on a GPU are a run of their own.
+    """
+    if not config.getoption("markexpr").startswith("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.ones(1, requires_grad=True).backward()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _sample(config, items)
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
+    skip = pytest.mark.skip(reason="needs a CUDA device; on a machine with one, `pytest -m gpu` runs it")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

@@ -1,7 +1,7 @@
 """Runs a function on several ranks, forked from this process, which has torch loaded: a quarter second for two ranks.
 
-Forking is right here because the parent runs one thread (OMP_NUM_THREADS=1, see conftest.py); every call forks anew, as
-a pool that saw one rank fail never makes a process group again.
+Forking is right here because torch starts no threads in the parent, whatever ran there before (see conftest.py); every
+call forks anew, as a pool that saw one rank fail never makes a process group again.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
 def apart(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
     """Return what `function(*args)` returned in a fork of this process, without a process group.
 
-    For what would leave this process unfit to be forked: a backward on fake tensors starts autograd's device threads,
-    after which no child can run a backward.
+    For what would leave something behind: a compiler's threads, a changed module, a process's own peak of memory.
     """
     with tempfile.TemporaryDirectory() as folder:
         _wait([_fork(function, args, 0, 1, Path(folder), timeout, group=False)], timeout)
