@@ -7,6 +7,7 @@ fingerprint is part of a run's data position.
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -28,14 +29,17 @@ Split = Literal["train", "validation"]
 def files(split: Split) -> tuple[Path, ...]:
     """Return the files of a split, in a fixed order; one file in twenty, by a hash of its name, is held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found = []
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _LEFT_OUT.isdisjoint(relative.parts):
-            held_out = hashlib.sha256(relative.as_posix().encode()).digest()[0] % 20 == 0
-            if held_out == (split == "validation"):
-                found.append(path)
-    return tuple(found)
+    found: list[tuple[str, ...]] = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = set(inner) - _LEFT_OUT  # not entered: site-packages may hold a hundred times as many files
+        above = Path(folder).relative_to(root).parts
+        found += [(*above, name) for name in names if name.endswith(".py")]
+    held_out = split == "validation"
+    return tuple(root.joinpath(*parts) for parts in sorted(found) if _is_held_out("/".join(parts)) == held_out)
+
+
+def _is_held_out(name: str) -> bool:
+    return hashlib.sha256(name.encode()).digest()[0] % 20 == 0
 
 
 def text(path: Path) -> str:
