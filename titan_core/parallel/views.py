@@ -8,6 +8,7 @@ parameter itself keeps its name, its place in the state dict and its gradient. S
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +24,17 @@ def add_view(module: nn.Module, name: str, view: View) -> None:
     inner = views.get(name)
     views[name] = view if inner is None else lambda parameter: view(inner(parameter))
     if inner is None:
-        cls = type(module)
-        module.__class__ = type(
-            f"{cls.__name__}", (cls,), {name: property(_reader(name)), "__module__": cls.__module__}
-        )
+        module.__class__ = _class_with_view(type(module), name)
+
+
+@cache
+def _class_with_view(cls: type[nn.Module], name: str) -> type[nn.Module]:
+    """Return a class whose attribute `name` is what a view makes of the parameter.
+
+    One for all modules of a class: to the compiler, a block with modules of other classes is another block. It would
+    compile each anew, and give up at the ninth.
+    """
+    return type(cls.__name__, (cls,), {name: property(_reader(name)), "__module__": cls.__module__})
 
 
 def _reader(name: str) -> Callable[[Any], Tensor]:
