@@ -23,9 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make this process one that may be forked at any time, in whatever order the tests come.
 
-    The first backward of a process decides whether autograd starts threads for devices, after which no fork of it can run
-    a backward. It starts them for GPUs, and once fake tensors were used it believes in eight. So it runs here, where there
-    is none; tests on a GPU are a run of their own.
+    The first backward of a process decides whether autograd starts threads for devices, after which no fork of it can
+    run a backward. It starts them for GPUs, and once fake tensors were used it believes in eight. So it runs here,
+    where there is none; tests on a GPU are a run of their own.
     """
     if not config.getoption("markexpr").startswith("gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def tiny(folder: Path | str, **changes: Any) -> Resolved:
     """Return a config of the tiny run; keyword `a__b=v` sets `a.b`, and with None leaves out what the tiny run sets."""
     settings = {**TINY, "job.dump_folder": str(folder)}
     settings.update({key.replace("__", "."): value for key, value in changes.items()})
+    if settings.get("compile.enable"):
+        importlib.import_module("torch._inductor.compile_fx")  # once here instead of in each rank: a second
     words = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in settings.items()}
     return load("llama3_debugmodel", [(key, words[key]) for key, value in settings.items() if value is not None])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.layouts import Seen, assert_same, first_steps
+from tests.parity.layouts import Seen, assert_as_alone, assert_same, first_steps
 from tests.parity.test_family_layouts import LLAMA4, MLA
 from tests.parity.test_layouts import KEYS, ranks_of, settings_of
 from tests.ranks import RankFailed
@@ -98,10 +98,17 @@ def alone(model: str) -> Seen:
         return first_steps(tiny(folder, **settings_of({}, MODELS[model])), 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_experts_on_layouts(layout: str, tmp_path: Path) -> None:
-    settings = settings_of(LAYOUTS[layout], MODELS["balanced"])
-    assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone("balanced"))
+SCORED_BEFORE = ("tensor", "expert", "expert, gathered", "expert, pulled", "expert over tensor")
+OTHER_FAMILIES = ("tensor", "expert x context", "expert over tensor x pipeline")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_experts_on_layouts(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    models = ["balanced", *["scored before"] * (name in SCORED_BEFORE)]
+    models += ["deepseek_v3", "llama4"] * (name in OTHER_FAMILIES)
+    runs = {model: tiny(tmp_path / model, **settings_of(layout, MODELS[model])) for model in models}
+    assert_as_alone(runs, ranks_of(layout), alone)
 
 
 @pytest.mark.parametrize("way", ["symmetric", "allgather"])
@@ -109,19 +116,6 @@ def test_a_step_that_has_no_room_for_a_row_stops_the_run(way: str, tmp_path: Pat
     settings = settings_of({"dp": 2, "ep": 2, "by": way, "room": 0.9}, MODELS["balanced"])
     with pytest.raises(RankFailed, match=r"rows found no room at their experts.*expert_parallel_dispatch"):
         first_steps(tiny(tmp_path, **settings), 2)
-
-
-@pytest.mark.parametrize("layout", ["tensor", "expert", "expert, gathered", "expert, pulled", "expert over tensor"])
-def test_scores_before_experts(layout: str, tmp_path: Path) -> None:
-    settings = settings_of(LAYOUTS[layout], MODELS["scored before"])
-    assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone("scored before"))
-
-
-@pytest.mark.parametrize("layout", ["tensor", "expert x context", "expert over tensor x pipeline"])
-@pytest.mark.parametrize("model", ["deepseek_v3", "llama4"])
-def test_other_families(model: str, layout: str, tmp_path: Path) -> None:
-    settings = settings_of(LAYOUTS[layout], MODELS[model])
-    assert_same(first_steps(tiny(tmp_path, **settings), ranks_of(LAYOUTS[layout])), alone(model))
 
 
 def test_recomputation_by_operation(tmp_path: Path) -> None:
