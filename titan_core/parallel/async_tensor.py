@@ -40,7 +40,7 @@ class Fusions(CustomGraphPass):
         """Say what was fused in the graphs compiled so far."""
         kinds = ("all-gather", "reduce-scatter")
         said = [f"{self.fused[kind]} of {self.fused[kind] + self.left[kind]} {kind}s" for kind in kinds]
-        return f"async tensor parallel: {' and '.join(said)} fused with matmuls, in all compiled graphs together"
+        return f"async tensor parallel: {' and '.join(said)} fused with matmuls, in the graphs that equal blocks share"
 
 
 def enable(group: ProcessGroup, device_type: str) -> Fusions:
