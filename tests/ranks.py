@@ -36,8 +36,8 @@ def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: floa
     """
     with tempfile.TemporaryDirectory() as folder:
         pids = [_fork(function, args, rank, size, Path(folder), timeout) for rank in range(size)]
-        _wait(pids, timeout)
-        return [_result(Path(folder), rank) for rank in range(size)]
+        ended = _wait(pids, timeout)
+        return [_result(Path(folder), rank, ended) for rank in range(size)]
 
 
 def apart(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
@@ -46,8 +46,8 @@ def apart(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any
     For what would leave something behind: a compiler's threads, a changed module, a process's own peak of memory.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _wait([_fork(function, args, 0, 1, Path(folder), timeout, group=False)], timeout)
-        return _result(Path(folder), 0)
+        ended = _wait([_fork(function, args, 0, 1, Path(folder), timeout, group=False)], timeout)
+        return _result(Path(folder), 0, ended)
 
 
 def _fork(
@@ -86,32 +86,39 @@ def _join(rank: int, size: int, folder: Path, timeout: float) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 
-def _wait(pids: list[int], timeout: float) -> None:
-    """Wait for all; the first failure leaves the others five seconds, then they are killed."""
+def _wait(pids: list[int], timeout: float) -> list[str]:
+    """Wait for all, and say how each ended; the first failure leaves the others five seconds, then they are killed."""
     deadline = time.monotonic() + timeout
-    left = set(pids)
-    while left and time.monotonic() < deadline:
-        for pid in list(left):
+    ended: dict[int, str] = {}
+    while len(ended) < len(pids) and time.monotonic() < deadline:
+        for pid in [pid for pid in pids if pid not in ended]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                left.discard(pid)
+                ended[pid] = _ending(os.waitstatus_to_exitcode(status))
                 if status:
                     deadline = min(deadline, time.monotonic() + 5)
         time.sleep(0.005)
-    for pid in left:
+    for pid in [pid for pid in pids if pid not in ended]:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        ended[pid] = "did not end in time"
+    return [ended[pid] for pid in pids]
 
 
-def _result(folder: Path, rank: int) -> Any:
+def _ending(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+
+
+def _result(folder: Path, rank: int, ended: list[str]) -> Any:
     failures = []
     for path in sorted(folder.glob("*.pkl"), key=lambda p: p.stat().st_mtime_ns):
         kind, value = pickle.loads(path.read_bytes())
         if kind == "failed":
             failures.append(f"rank {path.stem}:\n{value}")
+    how = "; ".join(f"rank {number} {text}" for number, text in enumerate(ended))
     if failures:
-        raise RankFailed(failures[0])
+        raise RankFailed(f"{failures[0]}\n{how}")
     path = folder / f"{rank}.pkl"
     if not path.exists():
-        raise RankFailed(f"rank {rank} died or did not end in time")
+        raise RankFailed(f"rank {rank} left no result: {how}")
     return pickle.loads(path.read_bytes())[1]

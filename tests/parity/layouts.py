@@ -21,7 +21,7 @@ from titan_core.runtime.events import silent
 from titan_core.training.build import build
 from titan_core.training.step import forward_backward
 
-STEPS = 3  # the second and the third start from weights that were updated
+STEPS = 5
 
 
 @dataclass(frozen=True)
