@@ -44,6 +44,18 @@ def test_what_fits_fits_and_can_be_asked_for(capsys) -> None:
         assert sum(again.memory.parts().values()) == sum(fit["memory"].values()) - fit["memory"]["host"]
 
 
+def test_what_fits_stands_for_a_layout_that_does_not(capsys) -> None:
+    words = ["llama3_8b", "--gpus", "6", "--gpu", "h200", "--parallelism.tensor_parallel_degree", "4"]
+    code, _, err = call("estimate-flops", *words, capsys=capsys)
+    assert code == 2
+    assert "6 ranks do not divide" in err
+    code, out, err = call("estimate-flops", *words, "--fit", "--json", capsys=capsys)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["layout"] == found["fits"][0]["layout"]
+    assert found["fits"][0]["settings"]["parallelism.tensor_parallel_degree"] != 4
+
+
 def test_a_batch_that_is_asked_for_is_kept() -> None:
     resolved = load("llama3_8b", [("training.global_batch_size", "64")])
     fits = estimate.fit(resolved, 16, device("h200"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from titan_cli.context import config_of, output_of
+from titan_cli.context import config_of, flags_of, output_of
 from titan_core.runtime.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def estimate_flops(
 ) -> None:
     """Parameters, FLOPs, memory and time of a run, by arithmetic on its config."""
     resolved = config_of(ctx, target)
+    from titan_core.config.load import load
     from titan_core.estimation.devices import device, names
     from titan_core.jobs import estimate as job
     from titan_core.jobs import precheck
@@ -47,8 +48,10 @@ def estimate_flops(
         raise UsageError("`--fit` needs to know what must fit", tip="--gpu " + ", ".join(names()))
     fits = job.fit(resolved, gpus, found) if fit and found is not None else []
     problems = precheck.run(resolved, gpus)
-    if problems:
+    if problems and not fits:
         raise ConfigError(problems)
+    if problems:  # the config's own layout does not suit so many ranks: what fits best stands for it
+        resolved = load(target, [*flags_of(ctx), *((key, str(value)) for key, value in fits[0].settings.items())])
     estimate = dataclasses.replace(job.run(resolved, gpus, found, mfu, number), fits=fits)
     output_of(ctx).result(_text(estimate), **dataclasses.asdict(estimate))
 
@@ -91,7 +94,7 @@ def _fits(fits: list[Fit], e: Estimate) -> list[str]:
     room, reached = f"{USABLE:.0%} of the memory", f"{WHILE_COMPUTING:.0%} of the data sheet"
     lines = [
         "",
-        f"fits {room}, by estimated speed, where computing reaches {reached}",
+        f"fits {room}, by estimated speed, where computing reaches {reached}; mfu counts full attention",
         f"{'layout':<{wide}}{'rows':>6}  {'recompute':<10}{'GiB':>6}{'tokens/step':>13}{'tok/s/gpu':>11}{'mfu':>6}"
         "  lost to",
     ]
