@@ -1,4 +1,4 @@
-"""The layout never changes the result: losses of three steps and each gradient of the first equal one process, in fp32.
+"""The layout never changes the result: losses of five steps and every gradient of the first equal one process, in fp32.
 
 All ways to split a model, their pairs and triples, on gloo. Then layouts drawn at random among all legal ones.
 """
