@@ -51,6 +51,37 @@ def test_a_wrong_kernel_ends_with_code_1(capsys, monkeypatch) -> None:
     assert (code, json.loads(out)["ok"]) == (1, False)
 
 
+def test_times_are_saved_and_compared(tmp_path, capsys) -> None:
+    words = ["bench", "moe-gemm", *SMALL, "--pass", "fwd", "--backend", "titan,loop"]
+    saved = tmp_path / "rows.jsonl"
+    code, _, err = call(*words, "--save", str(saved), capsys=capsys)
+    assert code == 0, err
+    head, *rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [row["backend"] for row in rows] == ["titan", "loop"]
+
+    rows[0]["seconds"] /= 1e6  # titan was a million times as fast
+    saved.write_text("\n".join(json.dumps(line) for line in (head, *rows)) + "\n")
+    code, out, err = call(*words, "--compare", str(saved), capsys=capsys)
+    assert code == 0, err
+    assert "vs saved" in out
+    code, out, _ = call(*words, "--compare", str(saved), "--fail-over", "50", "--json", capsys=capsys)
+    found = json.loads(out)
+    assert (code, found["ok"]) == (1, False)
+    assert [row["backend"] for row in found["slower"]] == ["titan"]
+    assert found["slower"][0]["against_saved"] == pytest.approx(found["rows"][0]["seconds"] / rows[0]["seconds"])
+
+    saved.write_text(json.dumps({**head, "device": "another"}) + "\n")
+    code, _, err = call(*words, "--compare", str(saved), capsys=capsys)
+    assert code == 2
+    assert "times of another, and this is" in err
+    saved.write_text("not JSON\n")
+    code, _, err = call(*words, "--compare", str(saved), capsys=capsys)
+    assert code == 2
+    assert f"{saved}:1" in err
+    for wrong in (["--compare", str(tmp_path / "missing")], ["--fail-over", "5"]):
+        assert call(*words, *wrong, capsys=capsys)[0] == 2
+
+
 def test_collectives_between_two_processes() -> None:
     done = titan("bench", "collectives", "--nproc", "2", "--device", "cpu", "--largest", "1", "--json")
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _BACKEND = typer.Option("all", metavar="NAMES", help="all, or names with commas between them, e.g. titan,loop.")
 _PLOT = typer.Option(None, metavar="FILE", help="Draw the result into a .png, .svg or .pdf.")
 _SAVE = typer.Option(None, metavar="FILE", help="Append each result as a line of JSON, as soon as it is known.")
+_COMPARE = typer.Option(None, metavar="FILE", help="Set the times beside those that --save wrote on this device.")
+_FAIL_OVER = typer.Option(
+    None, "--fail-over", min=0.0, metavar="PERCENT", help="End with 1 if titan is so much slower than in --compare."
+)
 _SEED = typer.Option(None, min=0, help="Draws the inputs; a new one each time if not given.")
 _SHAPES = typer.Option(
     ["deepseek-v3"], metavar="SHAPES", help=f"{', '.join(PRESETS)}, or rows,out,in,groups. Repeatable."
@@ -39,6 +43,8 @@ def moe_gemm(
     imbalance: float = _SKEW,
     seed: int | None = _SEED,
     save: str | None = _SAVE,
+    compare: str | None = _COMPARE,
+    fail_over: float | None = _FAIL_OVER,
     plot: str | None = _PLOT,
 ) -> None:
     """Grouped matmuls of experts.
@@ -51,7 +57,7 @@ def moe_gemm(
         passes=read_list("--pass", passes, PASSES),
         imbalance=imbalance,
     )
-    _run(ctx, ["moe-gemm"], request, _Ways(backend, seed, save, plot))
+    _run(ctx, ["moe-gemm"], request, _Ways(backend, seed, save, compare, fail_over, plot))
 
 
 def _of(name: str, doc: str) -> Callable[..., None]:
@@ -62,9 +68,11 @@ def _of(name: str, doc: str) -> Callable[..., None]:
         backend: str = _BACKEND,
         seed: int | None = _SEED,
         save: str | None = _SAVE,
+        compare: str | None = _COMPARE,
+        fail_over: float | None = _FAIL_OVER,
         plot: str | None = _PLOT,
     ) -> None:
-        _run(ctx, [name], Request(), _Ways(backend, seed, save, plot))
+        _run(ctx, [name], Request(), _Ways(backend, seed, save, compare, fail_over, plot))
 
     command.__doc__ = doc
     return command
@@ -114,11 +122,18 @@ def everything(
     imbalance: float = _SKEW,
     seed: int | None = _SEED,
     save: str | None = _SAVE,
+    compare: str | None = _COMPARE,
+    fail_over: float | None = _FAIL_OVER,
     plot: str | None = _PLOT,
 ) -> None:
     """All of the kernels above."""
     names = ["moe-gemm", "moe-layer", "permute", "quant", "fused-ce", "pointwise", "attention"]
-    _run(ctx, names, Request(shapes=read_shapes(shapes), imbalance=imbalance), _Ways("all", seed, save, plot))
+    _run(
+        ctx,
+        names,
+        Request(shapes=read_shapes(shapes), imbalance=imbalance),
+        _Ways("all", seed, save, compare, fail_over, plot),
+    )
 
 
 def collectives(
@@ -187,6 +202,8 @@ class _Ways:
     backend: str
     seed: int | None
     save: str | None
+    compare: str | None
+    fail_over: float | None
     plot: str | None
 
 
@@ -196,6 +213,8 @@ def _run(ctx: typer.Context, names: list[str], request: Request, ways: _Ways) ->
     backends = () if ways.backend == "all" else tuple(word.strip() for word in ways.backend.split(",") if word.strip())
     seed = random.SystemRandom().randrange(1 << 32) if ways.seed is None else ways.seed
     request = dataclasses.replace(request, backends=backends, seed=seed)
+    if ways.fail_over is not None and ways.compare is None:
+        raise UsageError("`--fail-over` needs something to be slower than", tip="--compare FILE")
     if ways.plot is not None:
         from titan_core.jobs.bench.plot import check
 
@@ -204,16 +223,18 @@ def _run(ctx: typer.Context, names: list[str], request: Request, ways: _Ways) ->
     from titan_core.jobs.bench import run as job
 
     with Display(output) as display:
-        report = job.run(names, request, save=ways.save, listener=display)
+        report = job.run(names, request, save=ways.save, compare=ways.compare, listener=display)
     if ways.plot is not None and report.rows:
         from titan_core.jobs.bench.plot import draw
 
         draw(report, ways.plot)
-    data = dataclasses.asdict(report)
-    if not report.failures and not report.interrupted:
-        output.result(_table(report, output), **data)
+    slower = report.slower(ways.fail_over) if ways.fail_over is not None else []
+    data = {**dataclasses.asdict(report), "slower": [dataclasses.asdict(row) for row in slower]}
+    text = "\n\n".join([_table(report, output), *([_slower(slower, ways.fail_over)] if slower else [])])
+    if not report.failures and not report.interrupted and not slower:
+        output.result(text, **data)
         return
-    output.failed_checks(_table(report, output), **data)
+    output.failed_checks(text, **data)
     raise typer.Exit(Interrupted.exit_code if report.interrupted else 1)
 
 
@@ -225,6 +246,12 @@ def _table(report: Report, output: Output) -> str:
     for operation in dict.fromkeys(row.operation for row in report.rows):
         blocks.append(_operation([row for row in report.rows if row.operation == operation]))
     return "\n\n".join(blocks)
+
+
+def _slower(rows: list[Row], percent: float | None) -> str:
+    lines = [f"more than {percent:g} % slower than before:"]
+    lines += [f"  {row.operation} {row.shape} {row.part} {_shown(row.against_saved, 1, '.2f', 'x')}" for row in rows]
+    return "\n".join(lines)
 
 
 def _heading(report: Report) -> str:
@@ -255,6 +282,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB/s": lambda row: _shown(row.gigabytes_per_second, 1, "8.3g"),
     "roofline": lambda row: _shown(row.roofline, 1, "10.0%"),
     "vs titan": lambda row: _shown(row.against_titan, 1, "9.2f", "x"),
+    "vs saved": lambda row: _shown(row.against_saved, 1, "9.2f", "x"),
     "error": lambda row: _shown(row.error, 1, "10.1e"),
     "MB": lambda row: _shown(row.peak_bytes, 1e-6, "8.0f"),
 }

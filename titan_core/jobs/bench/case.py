@@ -60,8 +60,9 @@ class Row:
     """What one backend did with one case.
 
     `error` is the largest relative error of a row of the result. Only what is right has a time; `roofline` is the share
-    of the measured ceiling, `against_titan` this backend's time over titan's. On a GPU `host_seconds` is what the host
-    takes to launch a call, and `peak_bytes` what one call allocates at most, its result included.
+    of the measured ceiling, `against_titan` this backend's time over titan's, `against_saved` over its own in a file.
+    On a GPU `host_seconds` is what the host takes to launch a call, and `peak_bytes` what one call allocates at most,
+    its result included.
     """
 
     operation: str
@@ -80,6 +81,7 @@ class Row:
     gigabytes_per_second: float | None = None
     roofline: float | None = None
     against_titan: float | None = None
+    against_saved: float | None = None
     peak_bytes: int | None = None
 
 

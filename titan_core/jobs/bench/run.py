@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from titan_core.jobs.bench.case import OWN, Case, Row, run_case
 from titan_core.jobs.bench.inputs import Draw
-from titan_core.jobs.bench.record import Record, check
+from titan_core.jobs.bench.record import Key, Record, check, key, of_this_device, read
 from titan_core.jobs.bench.request import Request
 from titan_core.jobs.bench.roofline import Roofline, measure
 from titan_core.jobs.bench.timing import Timer
@@ -50,6 +49,11 @@ class Report:
         """Return where titan itself was wrong, or failed."""
         return [row for row in self.rows if row.backend == OWN and row.verdict in ("wrong", "failed")]
 
+    def slower(self, percent: float) -> list[Row]:
+        """Return where titan takes that much longer than what it is compared with."""
+        own = [row for row in self.rows if row.backend == OWN and row.against_saved is not None]
+        return [row for row in own if (row.against_saved or 0) > 1 + percent / 100]
+
 
 def run(
     names: Sequence[str],
@@ -57,18 +61,21 @@ def run(
     *,
     budget: float | None = None,
     save: str | None = None,
+    compare: str | None = None,
     listener: Listener = silent,
 ) -> Report:
     """Check and time the named operations on this machine's GPU, or, where there is none, on its CPU at reduced shapes.
 
     `budget` is how many seconds the timed calls of one backend and case may take. What is measured is appended to the
-    file `save` as it comes. An interrupt ends the measuring, and what was measured is returned.
+    file `save` as it comes, and set beside what the file `compare` has of this device. An interrupt ends the measuring,
+    and what was measured is returned.
     """
+    saved = None if compare is None else read(compare)  # first: it may be the same file
     if save is not None:
         check(save)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
-    request = request if gpu else dataclasses.replace(request, reduced=True)
+    request = request if gpu else replace(request, reduced=True)
     draw = Draw(device, request.seed)
     cases = [case for name in names for case in _cases(name)(request, draw)]  # their inputs are drawn one by one
     known = sorted({backend for case in cases for backend in case.backends})
@@ -79,17 +86,23 @@ def run(
     listener(Note("measuring what this device can do"))
     roofline = measure(timer, {"bf16", request.dtype})
     report = Report(roofline.device, torch.__version__, _version("triton"), request.reduced, request.seed, roofline, [])
+    earlier = {} if saved is None else of_this_device(saved, report.device, report.reduced)
     with Record(save) as record:
         record.add(report)
         try:
             for case in cases:
                 listener(Note(f"{case.operation} {case.shape} {case.part} {case.dtype}"))
-                rows = run_case(case, timer, roofline, request.backends)
+                rows = [_compared(row, earlier) for row in run_case(case, timer, roofline, request.backends)]
                 record.add(*rows)
                 report.rows.extend(rows)
         except KeyboardInterrupt:
-            return dataclasses.replace(report, interrupted=True)
+            return replace(report, interrupted=True)
     return report
+
+
+def _compared(row: Row, earlier: Mapping[Key, float]) -> Row:
+    before = earlier.get(key(row))
+    return row if before is None or row.seconds is None else replace(row, against_saved=row.seconds / before)
 
 
 def _cases(name: str) -> Callable[[Request, Draw], Iterator[Case]]:
