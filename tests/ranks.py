@@ -82,7 +82,7 @@ def _join(rank: int, size: int, folder: Path, timeout: float) -> None:
     names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in names.items()})
     store = dist.FileStore(str(folder / "store"), size)
-    limit = timedelta(seconds=min(timeout, 30))
+    limit = timedelta(seconds=min(timeout, 120))  # a rank that compiles on a loaded machine keeps others waiting
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
 
 

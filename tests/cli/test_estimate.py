@@ -20,6 +20,7 @@ def test_text_says_both_conventions_memory_and_time(capsys) -> None:
     assert "1 T tokens = 5.79e+22 FLOP" in out
     assert "8 x h100 at 45% of 989.4 TFLOP/s: 61.5 k tokens/s, 188 days" in out
     assert "GiB a rank; 8 ranks: fsdp 8" in out
+    assert "if computing reaches 60%" in out
     assert max(map(len, out.splitlines())) <= 120
 
 
@@ -41,6 +42,8 @@ def test_what_fits_fits_and_can_be_asked_for(capsys) -> None:
         assert precheck.run(load("qwen3_30b_a3b", settings), 16) == []
         again = estimate.run(load("qwen3_30b_a3b", settings), 16, device("h100"), 0.4)
         assert (again.layout, again.tokens_per_step) == (fit["layout"], fit["tokens_per_step"])
+        assert again.modelled is not None
+        assert again.modelled.tokens_per_second == fit["tokens_per_second"]
         assert sum(again.memory.parts().values()) == sum(fit["memory"].values()) - fit["memory"]["host"]
 
 

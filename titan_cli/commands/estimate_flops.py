@@ -79,10 +79,27 @@ def _text(e: Estimate) -> str:
         rows.append(
             ("time", f"{e.ranks} x {e.device.name} at {e.mfu:.0%} of {e.device.peak / 1e12:.4g} TFLOP/s: {speed}")
         )
+    if e.modelled is not None:
+        rows.append(("step", _step(e.modelled, e.ranks)))
     rows.append(("memory", f"{_memory(e.memory, e.device)} a rank; {_ranks(e.ranks)}: {e.layout}"))
     rows.append(("", " · ".join(f"{name} {size / _GIB:.2f}" for name, size in e.memory.parts().items() if size)))
     lines = [f"{topic:<10}{text}" for topic, text in rows]
     return "\n".join([*lines, *(_fits(e.fits, e) if e.fits else [])])
+
+
+def _step(fit: Fit, ranks: int) -> str:
+    from titan_core.estimation.step_time import WHILE_COMPUTING
+
+    lost = f"; lost to {lost}" if (lost := _lost(fit)) else ""
+    seconds, each = f"{fit.time.total:.3g} s", f"{fit.tokens_per_second / ranks:,.0f} tokens/s a rank"
+    return f"modelled: {seconds}, {each}, mfu {fit.mfu:.0%}, if computing reaches {WHILE_COMPUTING:.0%}{lost}"
+
+
+def _lost(fit: Fit) -> str:
+    """Say which shares of a step are not spent computing."""
+    share = {axis.replace("_", " "): seconds / fit.time.total for axis, seconds in fit.time.exchanges.items()}
+    share["waiting"] = fit.time.waiting / fit.time.total
+    return ", ".join(f"{name} {part:.0%}" for name, part in share.items() if part >= 0.005)
 
 
 def _fits(fits: list[Fit], e: Estimate) -> list[str]:
@@ -99,13 +116,10 @@ def _fits(fits: list[Fit], e: Estimate) -> list[str]:
         "  lost to",
     ]
     for fit in fits:
-        share = {axis.replace("_", " "): seconds / fit.time.total for axis, seconds in fit.time.exchanges.items()}
-        share["waiting"] = fit.time.waiting / fit.time.total
-        lost = ", ".join(f"{name} {part:.0%}" for name, part in share.items() if part >= 0.005)
         lines.append(
             f"{fit.layout:<{wide}}{fit.local_batch_size:>6}  {fit.recompute:<10}"
             f"{(fit.memory.total - fit.memory.host) / _GIB:>6.1f}{fit.tokens_per_step:>13,}"
-            f"{fit.tokens_per_second / e.ranks:>11,.0f}{fit.mfu:>6.0%}  {lost}".rstrip()
+            f"{fit.tokens_per_second / e.ranks:>11,.0f}{fit.mfu:>6.0%}  {_lost(fit)}".rstrip()
         )
     flags = " ".join(f"--{key} {value}" for key, value in fits[0].settings.items())
     return [*lines, "", f"the first: {flags}" if flags else "the first is what the config asks for"]

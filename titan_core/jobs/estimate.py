@@ -46,7 +46,8 @@ class Fit:
 class Estimate:
     """What a run costs. FLOPs are those of a token's forward and backward, recomputation not counted: `flops` with all
     keys of a sequence counted for every token, `flops_causal` with those that it sees; `attention` is their part in
-    the first. Seconds need a device; they are those of `tokens` at a share `mfu` of its data sheet's FLOP/s.
+    the first. Seconds need a device; they are those of `tokens` at a share `mfu` of its data sheet's FLOP/s. `modelled`
+    is a step as the search models it: what computes, waits and is sent, at a fixed share while it computes.
     """
 
     model: str
@@ -64,6 +65,7 @@ class Estimate:
     mfu: float | None = None
     tokens_per_second: float | None = None
     seconds: float | None = None
+    modelled: Fit | None = None
     fits: list[Fit] = dataclasses.field(default_factory=list)
 
 
@@ -79,6 +81,7 @@ def run(resolved: Resolved, ranks: int, device: Device | None, mfu: float, token
     a_step = tokens_per_step(config, family, layout)
     tokens = tokens or a_step * config.training.steps
     speed = ranks * device.peak * mfu / full if device else None
+    memory = _memory(config, family, sizes, layout)
     return Estimate(
         model=f"{family.name} {config.model.flavor}",
         parameters=count_parameters(family.parameters(sizes)),
@@ -90,11 +93,12 @@ def run(resolved: Resolved, ranks: int, device: Device | None, mfu: float, token
         ranks=ranks,
         tokens_per_step=a_step,
         tokens=tokens,
-        memory=_memory(config, family, sizes, layout),
+        memory=memory,
         device=device,
         mfu=mfu if device else None,
         tokens_per_second=speed,
         seconds=tokens / speed if speed else None,
+        modelled=_judged(config, config, family, sizes, layout, device, memory) if device else None,
     )
 
 
