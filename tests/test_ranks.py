@@ -1,6 +1,7 @@
 """The harness itself: a rank that fails, dies or hangs is never taken for one that passed."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -32,6 +33,11 @@ def _hang_on_one() -> None:
         time.sleep(600)
 
 
+def _crash_on_one() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _unpicklable() -> object:
     return lambda: None
 
@@ -44,8 +50,9 @@ def test_results_come_in_order() -> None:
     ("function", "says"),
     [
         (_fail_on_one, "only here"),
-        (_die_on_one, "rank 1 died"),
-        (_hang_on_one, "rank 1 died"),
+        (_die_on_one, "rank 1 left no result: .*rank 1 ended with code 0"),
+        (_hang_on_one, "rank 1 left no result: .*rank 1 did not end in time"),
+        (_crash_on_one, "rank 1 left no result: .*rank 1 was ended by SIGKILL"),
         (_unpicklable, "pickle"),
     ],
 )
