@@ -114,6 +114,10 @@ def test_time_is_computing_waiting_and_what_is_not_hidden() -> None:
     assert shown.exchanges == {"fsdp": pytest.approx(1.0)}  # 4.6 seconds, of which 3.6 are hidden
     far = step_time(resolved.config, Layout(dp_shard=4, tp=2), 3e12, Traffic(fsdp=9.2e9, tensor=8e9), known)
     assert far.exchanges == {"tensor": 1.0, "fsdp": pytest.approx(1.0)}  # two of four devices a host: 2e9 bytes/s
+    near = step_time(resolved.config, Layout(dp_shard=4, ep=4), 3e12, Traffic(expert=8e9), known)
+    assert near.exchanges == {"expert": 1.0}
+    spread = step_time(resolved.config, Layout(dp_shard=8, ep=8), 3e12, Traffic(expert=2e9), known)
+    assert spread.exchanges == {"expert": pytest.approx(1.0)}  # half of a rank's rows come over its own 1e9 bytes/s
     pipeline = Layout(pp=3)
     waited = step_time(resolved.config, pipeline, 3e12, Traffic(), known)
     assert waited.waiting == pytest.approx(4.0 * 2 / 4)  # four microbatches

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 from tests.parity.layouts import Seen, assert_as_alone, assert_same, first_steps, first_steps_of_each
 from tests.runs import losses, tiny
-from titan_core.config.layout import Layout, factorings
+from titan_core.config.layout import SCHEDULES, SPLIT_BACKWARD, Layout, factorings
 from titan_core.models import resolve
 from titan_core.parallel import legal
-from titan_core.parallel.stages import SCHEDULES, SPLIT_BACKWARD
 
 KEYS = {
     "dp": "data_parallel_shard_degree",

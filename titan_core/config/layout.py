@@ -21,6 +21,16 @@ KEYS = {
 }
 _NAMES = {"pp": "pipeline", "dp_replicate": "replicate", "dp_shard": "fsdp", "cp": "context", "tp": "tensor"}
 
+# Pipeline schedules by the stages that a rank holds
+SINGLE = ("1F1B", "GPipe")  # one stage a rank
+V_SHAPED = (
+    "ZBVZeroBubble",
+    "DualPipeV",
+)  # rank r holds stages r and 2 n - 1 - r: the first and the last meet on rank 0
+LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")  # rank r holds stages r, r + n, ...
+SCHEDULES = SINGLE + LOOPED + V_SHAPED
+SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)  # gradients of inputs first, those of weights later
+
 
 @dataclass(frozen=True)
 class Layout:

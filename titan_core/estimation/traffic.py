@@ -68,7 +68,7 @@ def traffic(
     return Traffic(
         fsdp=weights * (gathers * compute + reduce) if layout.fsdp > 1 else 0.0,
         expert_fsdp=held * (gathers * compute + reduce) if layout.expert_fsdp > 1 else 0.0,
-        replicate=reduce * (weights + held) / layout.fsdp if layout.dp_replicate > 1 else 0.0,
+        replicate=reduce * (weights / layout.fsdp + held / layout.expert_fsdp) if layout.dp_replicate > 1 else 0.0,
         tensor=count * whole * sides / layout.pp * (4 + again * (2 - kept)) if layout.tp > 1 else 0.0,
         context=count * compute * rows * stream * pairs * (2 + again) if layout.cp > 1 else 0.0,
         expert=count * 4 * compute * tokens / _parts(layout) * width * sum(visits) / layout.pp

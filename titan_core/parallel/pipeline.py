@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from titan_core.config.layout import SPLIT_BACKWARD
 from titan_core.config.schema import Parallelism
 from titan_core.declare.sharding import Sharding, matches
 from titan_core.parallel.data_parallel import DataParallel
 from titan_core.parallel.mesh import Mesh
-from titan_core.parallel.stages import SPLIT_BACKWARD, Cut
+from titan_core.parallel.stages import Cut
 from titan_core.parallel.ties import Ties
 from titan_core.parallel.views import Passage, wrap_forward
 from titan_core.runtime.errors import MachineError

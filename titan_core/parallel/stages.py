@@ -6,19 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from titan_core.config.layout import SINGLE, SPLIT_BACKWARD, V_SHAPED
 from titan_core.config.schema import Parallelism
 from titan_core.declare.family import Family
 from titan_core.declare.sharding import matches
 from titan_core.runtime.errors import UsageError
-
-SINGLE = ("1F1B", "GPipe")  # one stage a rank
-V_SHAPED = (
-    "ZBVZeroBubble",
-    "DualPipeV",
-)  # rank r holds stages r and 2 n - 1 - r: the first and the last meet on rank 0
-LOOPED = ("Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")  # rank r holds stages r, r + n, ...
-SCHEDULES = SINGLE + LOOPED + V_SHAPED
-SPLIT_BACKWARD = ("InterleavedZeroBubble", *V_SHAPED)  # gradients of inputs first, those of weights later
 
 
 @dataclass(frozen=True)
