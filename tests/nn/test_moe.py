@@ -6,17 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from titan_kernels.top_k import top_k as kernel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tests.runs import tiny
 from titan_core.declare.experts import ExpertSizes
 from titan_core.models import family, resolve
-from titan_core.nn import experts
 from titan_core.nn.experts import multiply
 from titan_core.nn.moe import MoE, Router
-from titan_core.nn.planning import plan_for
 from titan_core.parallel import legal
 from titan_core.parallel.mesh import Layout
 from titan_core.runtime import distributed
@@ -46,7 +43,7 @@ X = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1))
 
 def token_by_token(module: MoE, x_BTD: Tensor) -> Tensor:
     """A mixture as the formula says it, one token at a time."""
-    sizes, mlps, out = module.router.sizes, module.experts, torch.zeros_like(x_BTD)
+    sizes, experts, out = module.router.sizes, module.experts, torch.zeros_like(x_BTD)
     for index, x in enumerate(x_BTD.flatten(0, 1)):
         logits = module.router.gate.weight @ x
         scores = logits.softmax(0) if sizes.score == "softmax" else logits.sigmoid()
@@ -61,7 +58,7 @@ def token_by_token(module: MoE, x_BTD: Tensor) -> Tensor:
             weights = weights / weights.sum()
         for e, weight in zip(allowed, weights * sizes.route_scale, strict=True):
             into = x * weight if sizes.score_before_experts else x
-            w1, w2, w3 = (w.weight[e] for w in (mlps.w1, mlps.w2, mlps.w3))
+            w1, w2, w3 = (w.weight[e] for w in (experts.w1, experts.w2, experts.w3))
             given = w2 @ (F.silu(w1 @ into) * (w3 @ into))
             out.view(-1, out.shape[-1])[index] += given if sizes.score_before_experts else given * weight
     return out if module.shared_experts is None else out + module.shared_experts(x_BTD)
@@ -109,41 +106,6 @@ def test_backends_agree(backend: str) -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("changes", "widths"),
-    [
-        ({}, [(8, 3)]),
-        ({"num_groups": 4, "top_groups": 2}, [(4, 2), (8, 3)]),
-        ({"num_groups": 4, "top_groups": 2, "group_score": "top2"}, [(2, 2), (4, 2), (8, 3)]),
-    ],
-)
-def test_on_a_gpu_the_kernel_chooses_where_experts_are_by_titan(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], widths: list[tuple[int, int]]
-) -> None:
-    seen: list[tuple[int, int]] = []
-
-    def top_k(scores: Tensor, k: int) -> Tensor:
-        seen.append((scores.shape[-1], k))
-        return kernel(scores, k)
-
-    monkeypatch.setattr(experts, "top_k", top_k)
-    module, x = mixture(**changes), X.clone().requires_grad_()
-
-    def value_and_gradient() -> list[Tensor]:
-        out = module(x)
-        return [out, *torch.autograd.grad(out.square().sum(), [x, module.router.gate.weight])]
-
-    wanted = value_and_gradient()
-    with plan_for("cuda"):
-        found = value_and_gradient()
-        assert seen == widths
-        module.experts.backend = "loop"
-        module(x)
-    assert seen == widths
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_choices_are_counted_once_in_training_and_never_in_evaluation() -> None:
     module = mixture()
     module(X)
@@ -162,7 +124,7 @@ def test_penalties_are_their_formulas() -> None:
     router = module.router
     router.last_load.copy_(torch.arange(8.0))
     router.penalty_scale = 0.5
-    (weights,) = torch.autograd.grad(router(X, "loop")[1].sum() * 0, [router.gate.weight])
+    (weights,) = torch.autograd.grad(router(X)[1].sum() * 0, [router.gate.weight])
 
     total, sums = torch.zeros(()), torch.zeros(2)
     for x_TD in X:

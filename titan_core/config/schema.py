@@ -193,8 +193,7 @@ class Training:
     """Weight of the mean loss of the layers of multi-token prediction (`model.args.num_mtp_layers`), beside the loss of
     the next token. DeepSeek-V3 had 0.3 for 10 of its 14.8 trillion tokens, then 0.1."""
     expert_backend: Literal["auto", "titan", "grouped_mm", "loop"] = "auto"
-    """Whose kernels compute many experts: titan's, which on a GPU also choose the experts of each token, torch's
-    grouped product, or one product an expert."""
+    """How products of many experts are formed: by titan's kernels, by torch's grouped product, or one by one."""
     time_limit_minutes: PositiveFloat | None = None
     """Save and stop cleanly after this time."""
     img_size: Positive = 256

@@ -17,11 +17,9 @@ import torch.nn.functional as F
 from titan_kernels.expert_mlp import expert_mlp, routed_mlp
 from titan_kernels.grouped_gemm import grouped_linear, reference_grouped_linear
 from titan_kernels.permutation import Placement, permute, place, unpermute
-from titan_kernels.top_k import top_k
 from torch import Tensor, nn
 
 from titan_core.nn import ops
-from titan_core.nn.planning import device_type
 
 Backend = Literal["titan", "grouped_mm", "loop"]
 Product = Callable[[Tensor, Tensor, Tensor], Tensor]  # of rows (R, I), weights (E, O, I) and the ends of rows: (R, O)
@@ -93,14 +91,6 @@ def multiply(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor, backend: Backend)
     if backend == "loop":
         return reference_grouped_linear(x_RI, weight_EOI, ends_E)
     return grouped_linear(x_RI, weight_EOI, ends_E)
-
-
-def choose(scores: Tensor, k: int, backend: Backend) -> Tensor:
-    """Return where the `k` largest of the last dimension are, int64, in any order; of equal ones any, but on a GPU by
-    titan's kernel the first."""
-    if backend == "titan" and device_type(scores) == "cuda":
-        return top_k(scores, k)
-    return scores.topk(k, dim=-1, sorted=False).indices
 
 
 def choose_backend(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_core.nn.experts import Backend, Experts, choose
+from titan_core.nn.experts import Experts
 from titan_core.nn.layers import Linear, SwiGLU
 
 
@@ -28,7 +28,7 @@ class MoE(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        chosen_NK, weights_NK = self.router(x_BTD, self.experts.backend)
+        chosen_NK, weights_NK = self.router(x_BTD)
         x_ND = x_BTD.flatten(0, 1)
         if self.score_before:
             y_ND = self.experts(*_one_token_a_choice(x_ND, chosen_NK, weights_NK), None)
@@ -73,16 +73,13 @@ class Router(nn.Module):
         self.penalty_scale = 0.0
         self.evenly = False
 
-    def forward(self, x_BTD: Tensor, backend: Backend) -> tuple[Tensor, Tensor]:
-        """Return the chosen experts of each token (N, K) and their weights (N, K), fp32.
-
-        `backend` is that of the experts, and says also whose kernel chooses.
-        """
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chosen experts of each token (N, K) and their weights (N, K), fp32."""
         sizes = self.sizes
         weight = self.gate.weight.to(x_BTD.dtype)  # rounded as every layout that computes in this dtype rounds it
         logits_NE = F.linear(x_BTD.flatten(0, 1).float(), weight.float())
         scores_NE = logits_NE.softmax(-1) if sizes.score == "softmax" else logits_NE.sigmoid()
-        chosen_NK = self._choose(scores_NE.detach(), backend)
+        chosen_NK = self._choose(scores_NE.detach())
         weights_NK = scores_NE.gather(1, chosen_NK)
         if sizes.normalise_scores and sizes.top_k > 1:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
@@ -95,7 +92,7 @@ class Router(nn.Module):
                 weights_NK = Join.apply(weights_NK, both.sum(), self.penalty_scale)
         return chosen_NK, weights_NK
 
-    def _choose(self, scores_NE: Tensor, backend: Backend) -> Tensor:
+    def _choose(self, scores_NE: Tensor) -> Tensor:
         sizes = self.sizes
         if self.evenly:
             slots = torch.arange(scores_NE.shape[0] * sizes.top_k, device=scores_NE.device)
@@ -103,8 +100,8 @@ class Router(nn.Module):
         if sizes.score_bias:
             scores_NE = scores_NE + self.expert_bias
         if sizes.num_groups > 1:
-            scores_NE = _within_best_groups(scores_NE, sizes, backend)
-        return choose(scores_NE, sizes.top_k, backend)
+            scores_NE = _within_best_groups(scores_NE, sizes.num_groups, sizes.top_groups, sizes.group_score)
+        return scores_NE.topk(sizes.top_k, dim=-1, sorted=False).indices
 
     def _penalties(self, scores_BTE: Tensor, load_BE: Tensor) -> Tensor:
         """Return the weighed sums over sequences of `E / K sum_e f_e P_e` (2): f the share of choices that fell on an
@@ -121,14 +118,11 @@ class Router(nn.Module):
         return torch.stack(sums) * (sizes.num_experts / sizes.top_k)
 
 
-def _within_best_groups(scores_NE: Tensor, sizes: Any, backend: Backend) -> Tensor:
+def _within_best_groups(scores_NE: Tensor, groups: int, best: int, by: str) -> Tensor:
     """Hide all experts but those of each token's best groups."""
-    scores_NGE = scores_NE.unflatten(-1, (sizes.num_groups, -1))
-    if sizes.group_score == "max":
-        merit_NG = scores_NGE.amax(-1)
-    else:
-        merit_NG = scores_NGE.gather(-1, choose(scores_NGE, 2, backend)).sum(-1)
-    kept = choose(merit_NG, sizes.top_groups, backend)
+    scores_NGE = scores_NE.unflatten(-1, (groups, -1))
+    merit_NG = scores_NGE.amax(-1) if by == "max" else scores_NGE.topk(2, dim=-1).values.sum(-1)
+    kept = merit_NG.topk(best, dim=-1, sorted=False).indices
     hidden_NG = torch.ones_like(merit_NG, dtype=torch.bool).scatter_(1, kept, False)
     return scores_NGE.masked_fill(hidden_NG.unsqueeze(-1), float("-inf")).flatten(1)
 
